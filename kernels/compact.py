@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""From hit bits to the index lists of a BlockMask.
+
+Entry point: `build_lists`. A program takes one query block of one head, walks its key blocks in chunks, adds what is
+always kept, drops what no row sees, and appends the ascending indices to the partial or the full list. The arithmetic
+of positions is that of `sale_flex.geometry`, which the tests compare it with.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import is_finite
+
+
+@triton.jit
+def _build_lists_kernel(
+    hits_ptr, nonfinite_ptr, bounds_ptr,
+    kept_ptr, partial_num_ptr, partial_idx_ptr, full_num_ptr, full_idx_ptr,
+    q_len, kv_len, query_blocks, key_blocks, words, sink_tokens, local_tokens, min_length,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_NONFINITE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Kept bits and index lists of one query block."""
+    row = tl.program_id(0).to(tl.int64)  # (batch * HEADS + head) * query_blocks + query block
+    query_block = (row % query_blocks).to(tl.int32)
+    bh = row // query_blocks
+    batch = bh // HEADS
+    kv_head = batch * KV_HEADS + (bh % HEADS) // (HEADS // KV_HEADS)
+    offset = tl.load(bounds_ptr + batch * 3)
+    start = tl.load(bounds_ptr + batch * 3 + 1)
+    end = tl.load(bounds_ptr + batch * 3 + 2)
+
+    first = offset + query_block * BLOCK_Q
+    last = offset + tl.minimum((query_block + 1) * BLOCK_Q, q_len) - 1
+    low = tl.maximum(first, start)  # first and last position that is no padding
+    high = tl.minimum(last, end - 1)
+    early = low - start < min_length
+
+    partial_count = 0
+    full_count = 0
+    bit_of = tl.arange(0, 32)
+    for word in range(0, words, CHUNK // 32):
+        word_at = word + tl.arange(0, CHUNK // 32)
+        bits = tl.load(hits_ptr + row * words + word_at, mask=word_at < words, other=0)
+        if HAS_NONFINITE:
+            bits |= tl.load(nonfinite_ptr + kv_head * words + word_at, mask=word_at < words, other=0)
+        block = word_at[:, None] * 32 + bit_of[None, :]  # [CHUNK / 32, 32]
+        key_first = block * BLOCK_K
+        key_next = key_first + BLOCK_K
+        visible = (key_first <= high) & (key_next > start) & (low <= high) & (block < key_blocks)
+        sink = tl.maximum(key_first, start) < start + sink_tokens
+        always = sink | (key_next > low - local_tokens + 1) | early
+        kept = (always | (((bits[:, None] >> bit_of[None, :]) & 1) == 1)) & visible
+        packed = tl.sum(kept.to(tl.int32) << bit_of[None, :], axis=1)
+        tl.store(kept_ptr + row * words + word_at, packed, mask=word_at < words)
+
+        full = kept & (key_first >= start) & (tl.minimum(key_next, kv_len) - 1 <= first) & (last < end)
+        block = tl.reshape(block, [CHUNK])
+        full = tl.reshape(full, [CHUNK]).to(tl.int32)
+        partial = tl.reshape(kept, [CHUNK]).to(tl.int32) - full
+        # One running sum serves both lists: a chunk has fewer than 2**15 blocks.
+        both = tl.cumsum(full + (partial << 16), 0)
+        full_at = full_count + (both & 0xFFFF) - full
+        partial_at = partial_count + (both >> 16) - partial
+        tl.store(full_idx_ptr + row * key_blocks + full_at, block, mask=full == 1)
+        tl.store(partial_idx_ptr + row * key_blocks + partial_at, block, mask=partial == 1)
+        full_count += tl.sum(full, 0)
+        partial_count += tl.sum(partial, 0)
+    tl.store(full_num_ptr + row, full_count)
+    tl.store(partial_num_ptr + row, partial_count)
+
+
+@triton.jit
+def _nonfinite_blocks_kernel(
+    value_ptr, stride_b, stride_h, stride_s, stride_d, bounds_ptr, flags_ptr, words,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One word of 32 blocks' flags of one head."""
+    word = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    batch = bh // HEADS
+    start = tl.load(bounds_ptr + batch * 3 + 1)
+    end = tl.load(bounds_ptr + batch * 3 + 2)
+    value_ptr += batch * stride_b + (bh % HEADS) * stride_h
+    offsets_d = tl.arange(0, BLOCK_D)
+    bits = 0
+    for block in range(0, 32):
+        at = (word * 32 + block) * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = ((at >= start) & (at < end))[:, None] & (offsets_d < D)[None, :]
+        pointers = value_ptr + at.to(tl.int64)[:, None] * stride_s + offsets_d[None, :] * stride_d
+        value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        bits |= tl.max((is_finite(value) == 0).to(tl.int32)) << block
+    tl.store(flags_ptr + bh * words + word, bits)
+
+
+def nonfinite_blocks(value: Tensor, bounds: Tensor, block_k: int) -> Tensor:
+    """Key blocks with a valid value that is not finite: bits, int32 ``[B, Hkv, ceil(nk / 32)]``."""
+    batch, heads, kv_len, dim = value.shape
+    words = triton.cdiv(triton.cdiv(kv_len, block_k), 32)
+    flags = value.new_empty(batch, heads, words, dtype=torch.int32)
+    _nonfinite_blocks_kernel[(words, batch * heads)](
+        value, *value.stride(), bounds, flags, words,
+        HEADS=heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_K=block_k, num_warps=8,
+    )  # fmt: skip
+    return flags
+
+
+def build_lists(
+    hits: Tensor,
+    nonfinite: Tensor | None,
+    bounds: Tensor,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_k: int,
+    sink_tokens: int,
+    local_tokens: int,
+    min_length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Kept bits and the lists of partial and full blocks.
+
+    Args:
+        hits: int32 ``[B, Hq, nq, ceil(nk / 32)]`` from a rule's scan.
+        nonfinite: int32 ``[B, Hkv, ceil(nk / 32)]`` from `nonfinite_blocks`, or None.
+        bounds: int32 ``[B, 3]``.
+        kv_heads: Hkv.
+        q_len: Sq.
+        kv_len: Skv.
+        block_q: Query rows a block.
+        block_k: Keys a block.
+        sink_tokens: First valid keys whose blocks are always kept.
+        local_tokens: Keys up to each row's position whose blocks are always kept.
+        min_length: Query blocks with a row this close to the first valid key keep all they see.
+
+    Returns:
+        kept int32 as `hits`, partial count int32 ``[B, Hq, nq]``, partial indices int32 ``[B, Hq, nq, nk]``, full count
+        and full indices likewise. Indices ascend; entries past the count are not written.
+    """
+    batch, heads, query_blocks, words = hits.shape
+    key_blocks = triton.cdiv(kv_len, block_k)
+    kept = torch.empty_like(hits)
+    partial_num, full_num = (hits.new_empty(batch, heads, query_blocks) for _ in range(2))
+    partial_idx, full_idx = (hits.new_empty(batch, heads, query_blocks, key_blocks) for _ in range(2))
+    _build_lists_kernel[(batch * heads * query_blocks,)](
+        hits, nonfinite, bounds, kept, partial_num, partial_idx, full_num, full_idx,
+        q_len, kv_len, query_blocks, key_blocks, words, sink_tokens, local_tokens, min_length,
+        HEADS=heads, KV_HEADS=kv_heads, BLOCK_Q=block_q, BLOCK_K=block_k, HAS_NONFINITE=nonfinite is not None,
+        CHUNK=min(256, max(64, triton.next_power_of_2(key_blocks))), num_warps=1,
+    )  # fmt: skip
+    return kept, partial_num, partial_idx, full_num, full_idx

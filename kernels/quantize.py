@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Low-bit codes of queries and keys (SALE section 3.1; DESIGN.md "Codes").
+
+Entry points: `quantize_rows` (a scale per query row) and `quantize_groups` (smoothed keys, a scale per group of keys
+counted from the first valid one). A program takes one tile of rows, or one group, of one head. Memory-bound: every
+element is read once and its code written once. Multiply and add are not fused: rounding twice, as torch does, keeps the
+codes of all implementations equal.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import is_finite, store_codes, symmetric_codes, symmetric_scale
+
+CODE_ROWS = 128
+"""Codes are stored with their rows padded to a multiple of this, so that the scan loads whole tiles unmasked."""
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr, stride_b, stride_h, stride_s, stride_d,
+    codes_ptr, scale_ptr,
+    heads, rows, padded_rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Codes and scale of BLOCK_S rows of one head."""
+    offsets_s = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
+    bh = tl.program_id(1).to(tl.int64)
+    offsets_d = tl.arange(0, BLOCK_D)
+    x_ptr += (bh // heads) * stride_b + (bh % heads) * stride_h
+    mask = (offsets_s < rows)[:, None] & (offsets_d < D)[None, :]
+    x = tl.load(x_ptr + offsets_s[:, None] * stride_s + offsets_d[None, :] * stride_d, mask=mask, other=0.0)
+    x = x.to(tl.float32)  # [BLOCK_S, BLOCK_D]
+    finite = is_finite(x)
+    scale, inverse = symmetric_scale(tl.max(tl.where(finite, tl.abs(x), 0.0), axis=1), TOP)
+    codes = symmetric_codes(x, inverse[:, None], TOP)
+    store_codes(
+        codes_ptr + bh * padded_rows * (D // 2 if PACKED else D), codes, offsets_s, offsets_s < padded_rows,
+        D, BLOCK_D, PACKED,
+    )  # fmt: skip
+    whole = tl.min(finite.to(tl.int32), axis=1) == 1
+    tl.store(scale_ptr + bh * rows + offsets_s, tl.where(whole, scale, float("nan")), mask=offsets_s < rows)
+
+
+@triton.jit
+def _quantize_groups_kernel(
+    key_ptr, stride_b, stride_h, stride_s, stride_d,
+    mean_ptr, bounds_ptr, codes_ptr, scale_ptr,
+    heads, padded_rows, groups,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Codes and the one scale of a group of GROUP smoothed keys of one head."""
+    group = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    batch = bh // heads
+    start = tl.load(bounds_ptr + batch * 3 + 1)
+    end = tl.load(bounds_ptr + batch * 3 + 2)
+    offsets_s = (start + group * GROUP + tl.arange(0, GROUP)).to(tl.int64)
+    offsets_d = tl.arange(0, BLOCK_D)
+    key_ptr += batch * stride_b + (bh % heads) * stride_h
+    valid = offsets_s < end
+    mask = valid[:, None] & (offsets_d < D)[None, :]
+    x = tl.load(key_ptr + offsets_s[:, None] * stride_s + offsets_d[None, :] * stride_d, mask=mask, other=0.0)
+    mean = tl.load(mean_ptr + bh * D + offsets_d, mask=offsets_d < D, other=0.0)
+    x = tl.where(mask, x.to(tl.float32) - mean[None, :], 0.0)  # [GROUP, BLOCK_D]
+    finite = is_finite(x)
+    scale, inverse = symmetric_scale(tl.max(tl.where(finite, tl.abs(x), 0.0)), TOP)
+    codes = symmetric_codes(x, inverse, TOP)
+    store_codes(
+        codes_ptr + bh * padded_rows * (D // 2 if PACKED else D), codes, offsets_s, valid, D, BLOCK_D, PACKED
+    )
+    whole = tl.min(finite.to(tl.int32)) == 1
+    tl.store(scale_ptr + bh * groups + group, tl.where(whole, scale, float("nan")))
+
+
+def quantize_rows(x: Tensor, bits: int, packed: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes with a scale per row.
+
+    Args:
+        x: ``[B, H, S, D]``, any strides, float32, float16 or bfloat16.
+        bits: 4 or 8.
+        packed: Two 4-bit codes per byte, uint8 ``[..., D / 2]``.
+
+    Returns:
+        int8 ``[B, H, ceil(S / 128) * 128, D]`` (rows past S are 0) and float32 ``[B, H, S]`` (NaN: a non-finite row).
+    """
+    batch, heads, rows, dim = x.shape
+    padded = triton.cdiv(rows, CODE_ROWS) * CODE_ROWS
+    codes = _empty_codes(x, padded, packed)
+    scale = x.new_empty(batch, heads, rows, dtype=torch.float32)
+    block_s = 16
+    _quantize_rows_kernel[(padded // block_s, batch * heads)](
+        x, *x.stride(), codes, scale, heads, rows, padded,
+        D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=block_s, TOP=2 ** (bits - 1) - 1, PACKED=packed,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return codes, scale
+
+
+def quantize_groups(
+    key: Tensor, mean: Tensor, bounds: Tensor, group: int, bits: int, packed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Codes of ``key - mean`` with a scale per group of keys counted from the first valid one.
+
+    Args:
+        key: ``[B, H, S, D]``, any strides.
+        mean: float32 ``[B, H, D]``, contiguous.
+        bounds: int32 ``[B, 3]``.
+        group: Keys per scale, a power of two.
+        bits: 4 or 8.
+        packed: Two 4-bit codes per byte, uint8 ``[..., D / 2]``.
+
+    Returns:
+        int8 ``[B, H, R, D]``, R = ceil(S / 128) * 128 (keys that are not valid are 0), and float32 ``[B, H, R / group]``.
+    """
+    batch, heads, rows, dim = key.shape
+    padded = triton.cdiv(rows, CODE_ROWS) * CODE_ROWS
+    groups = padded // group
+    codes = _empty_codes(key, padded, packed).zero_()
+    scale = key.new_empty(batch, heads, groups, dtype=torch.float32)
+    _quantize_groups_kernel[(groups, batch * heads)](
+        key, *key.stride(), mean, bounds, codes, scale, heads, padded, groups,
+        D=dim, BLOCK_D=triton.next_power_of_2(dim), GROUP=group, TOP=2 ** (bits - 1) - 1, PACKED=packed,
+        num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+    return codes, scale
+
+
+def _empty_codes(x: Tensor, rows: int, packed: bool) -> Tensor:
+    batch, heads, _, dim = x.shape
+    if packed:
+        return x.new_empty(batch, heads, rows, dim // 2, dtype=torch.uint8)
+    return x.new_empty(batch, heads, rows, dim, dtype=torch.int8)

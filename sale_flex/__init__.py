@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""SALE sparse attention for PyTorch: a 4-bit estimate chooses blocks, FlexAttention attends to them."""
+
+from sale_flex.attention import SaleResult, sale_attention
+from sale_flex.block_mask import create_sale_block_mask
+from sale_flex.config import SaleConfig
+from sale_flex.flex import flex_kernel_options
+from sale_flex.packing import pack_int4, unpack_int4
+from sale_flex.stats import SaleStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SaleConfig",
+    "SaleResult",
+    "SaleStats",
+    "__version__",
+    "create_sale_block_mask",
+    "flex_kernel_options",
+    "pack_int4",
+    "sale_attention",
+    "unpack_int4",
+]

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`create_sale_block_mask`: from a rule's hit bits to a FlexAttention `BlockMask`."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, and_masks
+
+from sale_flex import ops
+from sale_flex.config import SaleConfig
+from sale_flex.geometry import Grid
+from sale_flex.rules import RULES
+from sale_flex.stats import SaleStats, mask_stats
+from sale_flex.validation import check_inputs
+
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class MaskResult(NamedTuple):
+    """A block mask and what it cost, for callers who asked for ``stats=True``."""
+
+    block_mask: BlockMask
+    stats: SaleStats
+
+
+@overload
+def create_sale_block_mask(
+    query: Tensor,
+    key: Tensor,
+    config: SaleConfig = ...,
+    *,
+    value: Tensor | None = ...,
+    q_offset: int | Tensor | None = ...,
+    kv_range: Tensor | None = ...,
+    scale: float | None = ...,
+    stats: Literal[False] = ...,
+) -> BlockMask: ...
+@overload
+def create_sale_block_mask(
+    query: Tensor,
+    key: Tensor,
+    config: SaleConfig = ...,
+    *,
+    value: Tensor | None = ...,
+    q_offset: int | Tensor | None = ...,
+    kv_range: Tensor | None = ...,
+    scale: float | None = ...,
+    stats: Literal[True],
+) -> MaskResult: ...
+def create_sale_block_mask(
+    query: Tensor,
+    key: Tensor,
+    config: SaleConfig = SaleConfig(),  # noqa: B008 - frozen
+    *,
+    value: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+    kv_range: Tensor | None = None,
+    scale: float | None = None,
+    stats: bool = False,
+) -> BlockMask | MaskResult:
+    """Choose the blocks of the causal attention map that matter.
+
+    The mask is exact on what it keeps: its ``mask_mod`` is causal, valid and *kept*, so that even uncompiled
+    flex_attention, which ignores block indices, attends to the kept blocks alone.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, float32, float16 or bfloat16, any strides.
+        key: ``[B, Hkv, Skv, D]``, Hq a multiple of Hkv, the query's dtype and device.
+        config: What to keep; see `SaleConfig`.
+        value: ``[B, Hkv, Skv, D]``. If given, blocks with a non-finite value are kept, as attention would show them.
+        q_offset: Key index of the first query, an int or a 0-d integer tensor; by default ``Skv - Sq``.
+        kv_range: int ``[B, 2]``, first and one-past-last valid key of each batch row; by default all keys. Queries that
+            stand outside it are padding and see nothing.
+        scale: Softmax scale; by default ``D ** -0.5``.
+        stats: Also return what was kept.
+
+    Returns:
+        A BlockMask of shape ``[B, Hq, Sq, Skv]`` with ``config.block_size`` blocks and ascending, disjoint lists of
+        partial and full blocks. With ``stats=True`` a `MaskResult`.
+
+    Raises:
+        TypeError, ValueError: An argument breaks its rule; the message names both.
+        NotImplementedError: An input requires a gradient.
+    """
+    check_inputs(query, key, value, config, q_offset, kv_range, scale)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    bounds = make_bounds(query, key, q_offset, kv_range)
+    result = build_block_mask(query, key, value, bounds, kv_range is None, scale, config)
+    return result if stats else result.block_mask
+
+
+def make_bounds(query: Tensor, key: Tensor, q_offset: int | Tensor | None, kv_range: Tensor | None) -> Tensor:
+    """(q_offset, start, end) of every batch row, int32 ``[B, 3]``, on the device."""
+    given = isinstance(q_offset, Tensor)
+    offset = key.shape[2] - query.shape[2] if q_offset is None or given else q_offset
+    return ops.query_bounds(query, key, kv_range, q_offset if given else None, offset)
+
+
+def build_block_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    bounds: Tensor,
+    from_zero: bool,
+    scale: float,
+    config: SaleConfig,
+    lookup: bool = True,
+) -> MaskResult:
+    """`create_sale_block_mask` on checked input.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``.
+        key: ``[B, Hkv, Skv, D]``.
+        value: ``[B, Hkv, Skv, D]`` or None.
+        bounds: int32 ``[B, 3]`` from `make_bounds`.
+        from_zero: Whether every batch row's first valid key is known to be key 0.
+        scale: Softmax scale.
+        config: What to keep.
+        lookup: Whether the mask_mod looks up the kept blocks. Without, it is for a caller who knows that the block
+            indices will be followed: the lookup costs the compiled kernel registers in every block.
+    """
+    batch, heads, q_len, _ = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    block_q, block_k = config.block_size
+    threshold = config.threshold
+    if not isinstance(threshold, Tensor):
+        threshold = torch.full((heads,), threshold, dtype=torch.float32, device=query.device)
+    hits = RULES[config.metric](query, key, bounds, from_zero, threshold.float(), scale, config)
+    nonfinite = None if value is None else ops.nonfinite_blocks(value, bounds, block_k)
+    # A call with less than half a block of queries is a decoding step: every row counts as early.
+    min_length = kv_len if 2 * q_len < block_q else config.min_length
+    kept, partial_num, partial_idx, full_num, full_idx = ops.build_lists(
+        hits,
+        nonfinite,
+        bounds,
+        kv_heads,
+        q_len,
+        kv_len,
+        block_q,
+        block_k,
+        config.sink_tokens,
+        config.local_tokens,
+        min_length,
+    )
+    visible = _visible(bounds)
+    mask = BlockMask.from_kv_blocks(
+        partial_num,
+        partial_idx,
+        full_num,
+        full_idx,
+        BLOCK_SIZE=config.block_size,
+        mask_mod=and_masks(_kept(kept, block_q, block_k), visible) if lookup else visible,
+        seq_lengths=(q_len, kv_len),
+        compute_q_blocks=False,
+    )
+    path = f"{'triton' if query.is_cuda else 'torch'} scan + flex"
+    return MaskResult(mask, mask_stats(partial_num, full_num, bounds, Grid(q_len, kv_len, block_q, block_k), path))
+
+
+def _visible(bounds: Tensor) -> MaskMod:
+    """The mask_mod of positions: causal, valid, and the query no padding."""
+
+    def visible(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        position = q_idx + bounds[b, 0]
+        return (kv_idx >= bounds[b, 1]) & (kv_idx <= position) & (position < bounds[b, 2])
+
+    return visible
+
+
+def _kept(kept: Tensor, block_q: int, block_k: int) -> MaskMod:
+    """The mask_mod of the selection: whether the element's block is kept, looked up in the kept bits."""
+
+    def in_kept_block(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        block = kv_idx // block_k
+        word = kept[b, h, q_idx // block_q, block // 32]
+        return ((word >> (block % 32)) & 1) == 1
+
+    return in_kept_block

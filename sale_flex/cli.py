@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command line, ``sale-flex`` or ``python -m sale_flex``.
+
+A subcommand is a module with ``add_arguments(parser)`` and ``main(args) -> exit status``; it is imported only if it is
+the one asked for. Exit status: 0 done, 1 a check failed, 2 wrong usage, a missing
+package or a file that can not be read or written, 130 interrupted.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sale_flex
+
+_COMMANDS = {
+    "info": ("sale_flex.info", "versions, device, and which path runs here and why"),
+    "demo": ("sale_flex.demo", "prefill a real prompt densely and with SALE, and compare"),
+}
+_EXTRAS = {
+    "matplotlib": "viz",
+    "rich": "demo",
+    "safetensors": "demo",
+    "tokenizers": "demo",
+    "transformers": "demo",
+}
+"""Package that a subcommand may lack -> the extra that brings it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return its exit status.
+
+    Args:
+        argv: Arguments without the program's name; by default those of the process.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = next((argument for argument in argv if not argument.startswith("-")), None)
+    try:
+        args = _parser(command).parse_args(argv)
+        return int(importlib.import_module(_COMMANDS[args.command][0]).main(args))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        print(
+            f"sale-flex {command} needs {package}, which is not installed: pip install 'sale-flex[{_EXTRAS[package]}]'",
+            file=sys.stderr,
+        )
+        return 2
+    except BrokenPipeError:
+        # Whoever reads the output has seen enough. What is still buffered must not fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"sale-flex {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def emit(payload: dict[str, Any], text: str, destination: str | None) -> None:
+    """Give a subcommand's result: the text, unless JSON takes its place.
+
+    Args:
+        payload: What goes into JSON.
+        text: The same for people.
+        destination: The value of ``--json``: None, ``-`` for JSON on standard output instead of the text, or a file to
+            write beside printing the text.
+    """
+    if destination == "-":
+        print(json.dumps(payload, indent=2))
+        return
+    if destination is not None:
+        Path(destination).write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+    print(text)
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser, with the arguments of `command` alone; the other subcommands are named, not imported."""
+    parser = argparse.ArgumentParser(prog="sale-flex", description="SALE sparse attention for PyTorch FlexAttention.")
+    parser.add_argument("--version", action="version", version=f"sale-flex {sale_flex.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (module, summary) in _COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name == command:
+            subparser.add_argument("--json", metavar="PATH|-", help="write the result as JSON; - prints it alone")
+            importlib.import_module(module).add_arguments(subparser)
+    return parser

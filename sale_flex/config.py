@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`SaleConfig`: every option of the estimate and the selection, with its unit and its range."""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZES = ((64, 64), (64, 32), (128, 64), (128, 128))
+
+
+@dataclass(frozen=True, eq=False)
+class SaleConfig:
+    """How blocks are estimated and selected. Frozen; `dataclasses.replace` makes a changed copy.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field is outside its range. The message names the field, the rule and the value.
+    """
+
+    metric: str = "relative"
+    """The selection rule. ``"relative"`` is SALE as published (arXiv 2505.24179, section 3): a block is kept when
+    any of its elements reaches ``threshold`` relative to the row's sink-local softmax."""
+
+    threshold: float | Tensor = 0.004
+    """Relative attention score an element must reach: a ratio of exponentials (not a logit), 0 or more. A float for
+    all heads, or a float tensor ``[Hq]`` on the query's device. Higher keeps less; 0 makes a head dense."""
+
+    block_size: tuple[int, int] = (64, 64)
+    """(query rows, keys) of a block: (64, 64), (64, 32), (128, 64) or (128, 128)."""
+
+    bits: int = 4
+    """Width of the codes: 4 (values in [-7, 7]) or 8 ([-127, 127]). Both travel in int8, so both cost the same."""
+
+    sink_tokens: int = 32
+    """How many of the first valid keys count as attention sinks, in tokens, 0 or more. Their blocks are always kept."""
+
+    local_tokens: int = 128
+    """How many keys, ending at a row's own position, count as local, in tokens, 1 or more. Always kept."""
+
+    min_length: int = 1024
+    """Queries fewer than this many keys after the first valid key keep every block, in tokens, 0 or more. A prompt
+    that is shorter as a whole is dense."""
+
+    smooth_tokens: int = 1024
+    """The mean of this many first valid keys is subtracted from all keys before quantisation, in tokens, 0 or more
+    (0: no smoothing). A prefix, so that chunks, padding and batches choose the same blocks."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, str):
+            raise TypeError(f"metric must be a str, got {type(self.metric).__name__}.")
+        if self.metric != "relative":
+            raise ValueError(f"metric must be 'relative', got {self.metric!r}.")
+        _check_threshold(self.threshold)
+        if tuple(self.block_size) not in BLOCK_SIZES:
+            raise ValueError(
+                f"block_size must be (query rows, keys), one of {list(BLOCK_SIZES)}, got {self.block_size!r}."
+            )
+        object.__setattr__(self, "block_size", tuple(self.block_size))
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits must be 4 or 8, got {self.bits!r}.")
+        for name, least in (("sink_tokens", 0), ("local_tokens", 1), ("min_length", 0), ("smooth_tokens", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int (a number of tokens), got {value!r}.")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least} tokens, got {value}.")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SaleConfig):
+            return NotImplemented
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if isinstance(mine, Tensor) or isinstance(theirs, Tensor):
+                if not (isinstance(mine, Tensor) and isinstance(theirs, Tensor) and torch.equal(mine, theirs)):
+                    return False
+            elif mine != theirs:
+                return False
+        return True
+
+    def __hash__(self) -> int:
+        return hash((self.metric, self.block_size, self.bits, self.sink_tokens, self.local_tokens, self.min_length))
+
+
+def _check_threshold(threshold: float | Tensor) -> None:
+    if isinstance(threshold, Tensor):
+        if threshold.dim() != 1 or not threshold.is_floating_point():
+            raise ValueError(
+                "threshold must be a float or a floating-point tensor of shape [Hq], got a tensor of shape "
+                f"{list(threshold.shape)} and dtype {threshold.dtype}."
+            )
+        # Values on an accelerator are not read here: that would stop the host. They are checked where they are used.
+        if threshold.device.type == "cpu" and not bool((threshold >= 0).all() & threshold.isfinite().all()):
+            raise ValueError(f"threshold must be 0 or more and finite for every head, got {threshold.tolist()}.")
+        return
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(
+            f"threshold must be a float or a float tensor of shape [Hq], got {type(threshold).__name__}."
+        )
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise ValueError(f"threshold must be 0 or more and finite, got {threshold!r}.")

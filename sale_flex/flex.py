@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Compiled flex_attention: the tile options it needs for small blocks, and one compiled callable per program.
+
+Uncompiled flex_attention is dense and builds an S x S matrix, and a callable compiled without ``fullgraph`` falls back
+to that silently once torch's recompile limit is reached. So each program here is compiled with ``fullgraph=True`` from
+a code object of its own, which the limit counts by itself.
+"""
+
+import types
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+_TILES = {
+    (64, 64): (64, 64, 4, 3),
+    (64, 32): (64, 32, 4, 4),
+    (128, 64): (128, 64, 8, 3),
+    (128, 128): (128, 64, 8, 3),
+}
+"""(rows, keys, warps, stages) of a tile per block size, for 128 channels of 16 bits; measured on an H200."""
+
+_SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+"""KiB a program may take, by compute capability; other GPUs get the smallest, 99."""
+
+
+def flex_kernel_options(query: Tensor, block_size: tuple[int, int]) -> dict[str, Any]:
+    """The ``kernel_options`` with which flex_attention runs blocks of `block_size`.
+
+    Torch before 2.14 does not fit its tiles to small mask blocks by itself and raises; these options do it for every
+    supported torch, and keep short calls off the decoding kernel, which does not know small blocks either.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``: its device, dtype and head_dim decide.
+        block_size: (query rows, keys) of the mask's blocks, as in `SaleConfig`.
+
+    Returns:
+        Options for ``flex_attention(..., kernel_options=...)``; empty except on CUDA.
+    """
+    if not query.is_cuda:
+        return {}
+    capability = torch.cuda.get_device_capability(query.device)
+    return _tile_options(query.shape[3], query.element_size(), tuple(block_size), _SHARED_MEMORY.get(capability, 99))
+
+
+@lru_cache(maxsize=None)
+def _tile_options(head_dim: int, element_size: int, block_size: tuple[int, int], shared_kib: int) -> dict[str, Any]:
+    block_m, block_n, warps, stages = _TILES[block_size]
+    row = (1 << (head_dim - 1).bit_length()) * element_size
+
+    def fits() -> bool:
+        # The query tile, and a key and a value tile per stage; an eighth is left to the compiler.
+        return block_m * row + 2 * stages * block_n * row <= shared_kib * 1024 * 7 // 8
+
+    while not fits() and stages > 1:
+        stages -= 1
+    while not fits() and block_n > 16:
+        block_n //= 2
+    while not fits() and block_m > 16:
+        block_m //= 2
+    return {"BACKEND": "TRITON", "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+
+
+def run_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    scale: float,
+    kernel_options: dict[str, Any] | None,
+) -> Tensor:
+    """Attention on the blocks of `block_mask`, ``[B, Hq, Sq, D]``, always through the compiler."""
+    options = flex_kernel_options(query, block_mask.BLOCK_SIZE) | (kernel_options or {})
+    grouped = query.shape[1] != key.shape[1]
+    if torch.compiler.is_compiling():
+        return flex_attention(
+            query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped, kernel_options=options
+        )
+    program = _program(
+        query.device,
+        query.dtype,
+        (query.shape[0], query.shape[1], key.shape[1], query.shape[3]),
+        block_mask.BLOCK_SIZE,
+        scale,
+        tuple(sorted(options.items())),
+        query.shape[2] % 128 == 0 and key.shape[2] % 128 == 0,
+    )
+    return program(query, key, value, block_mask, scale, grouped, options)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    scale: float,
+    grouped: bool,
+    options: dict[str, Any],
+) -> Tensor:
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "sale_attention needs torch.compile, which is switched off (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or "
+            "torch.compiler.set_stance): uncompiled flex_attention would ignore the block mask's indices. Switch it on, "
+            "or call flex_attention with create_sale_block_mask, whose mask_mod is exact uncompiled too."
+        )
+    return flex_attention(
+        query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped, kernel_options=options
+    )
+
+
+def _attend_whole_tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    scale: float,
+    grouped: bool,
+    options: dict[str, Any],
+) -> Tensor:
+    """`_attend` for lengths that are multiples of 128: told so, the compiler drops the bounds checks of every load."""
+    torch._check(query.shape[2] % 128 == 0)
+    torch._check(key.shape[2] % 128 == 0)
+    return _attend(query, key, value, block_mask, scale, grouped, options)
+
+
+@lru_cache(maxsize=None)
+def _program(*key: Any) -> Callable[..., Tensor]:
+    """A compiled `_attend` of its own for every key; lengths are dynamic, all else in the key is not."""
+    attend = _attend_whole_tiles if key[-1] else _attend
+    name = f"{attend.__name__}_{abs(hash(key)):x}"
+    own_code = attend.__code__.replace(co_name=name)
+    return torch.compile(types.FunctionType(own_code, attend.__globals__, name), fullgraph=True)

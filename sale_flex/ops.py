@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The custom ops: schema, fake, and dispatch.
+
+On CUDA tensors an op launches the Triton kernel of the same name from `sale_flex.kernels`; everywhere else it runs the
+torch implementation of the same name from `sale_flex.fallback`. Either is imported when an op first runs. The ops are
+opaque to torch.compile, have fixed shapes, read no value on the host, and are for inference: no gradient passes.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sale_flex.bounds import query_bounds as _query_bounds
+
+_LIBRARY = torch.library.Library("sale_flex", "DEF")
+
+
+def _define(schema: str, fake: Callable[..., Any], module: str | Callable[..., Any]) -> Any:
+    """Define an op, implemented by the function of its name in `module` of kernels and fallback, or by a callable."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    if isinstance(module, str):
+        _LIBRARY.impl(name, _lazy(f"sale_flex.kernels.{module}", name), "CUDA")
+        _LIBRARY.impl(name, _lazy(f"sale_flex.fallback.{module}", name), "CompositeExplicitAutograd")
+    else:
+        _LIBRARY.impl(name, module, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sale_flex::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.sale_flex, name).default
+
+
+def _lazy(module: str, name: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        return getattr(import_module(module), name)(*args)
+
+    return launch
+
+
+def _ceil(length: int, size: int) -> int:
+    return (length + size - 1) // size
+
+
+def _codes(x: Tensor, packed: bool) -> Tensor:
+    batch, heads, rows, dim = x.shape
+    dim, dtype = (dim // 2, torch.uint8) if packed else (dim, torch.int8)
+    return x.new_empty(batch, heads, _ceil(rows, 128) * 128, dim, dtype=dtype)
+
+
+def _fake_rows(x: Tensor, bits: int, packed: bool = False) -> tuple[Tensor, Tensor]:
+    return _codes(x, packed), x.new_empty(x.shape[:3], dtype=torch.float32)
+
+
+def _fake_groups(
+    key: Tensor, mean: Tensor, bounds: Tensor, group: int, bits: int, packed: bool = False
+) -> tuple[Tensor, Tensor]:
+    codes = _codes(key, packed)
+    return codes, key.new_empty(*key.shape[:2], codes.shape[2] // group, dtype=torch.float32)
+
+
+def _fake_limits(query: Tensor, *_: Any) -> Tensor:
+    batch, heads, rows, _dim = query.shape
+    return query.new_empty(batch, heads, _ceil(rows, 128) * 128, dtype=torch.float32)
+
+
+def _fake_scan(
+    query_codes: Tensor,
+    limit: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    bounds: Tensor,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_k: int,
+    local_tokens: int,
+    whole_groups: bool,
+) -> Tensor:
+    batch, heads = query_codes.shape[:2]
+    words = _ceil(_ceil(kv_len, block_k), 32)
+    return query_codes.new_empty(batch, heads, _ceil(q_len, block_q), words, dtype=torch.int32)
+
+
+def _fake_nonfinite(value: Tensor, bounds: Tensor, block_k: int) -> Tensor:
+    batch, heads, kv_len, _ = value.shape
+    return value.new_empty(batch, heads, _ceil(_ceil(kv_len, block_k), 32), dtype=torch.int32)
+
+
+def _fake_lists(
+    hits: Tensor,
+    nonfinite: Tensor | None,
+    bounds: Tensor,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_k: int,
+    sink_tokens: int,
+    local_tokens: int,
+    min_length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = hits.shape[:3]
+    width = _ceil(kv_len, block_k)
+    num, idx = (lambda: hits.new_empty(rows)), (lambda: hits.new_empty(*rows, width))
+    return torch.empty_like(hits), num(), idx(), num(), idx()
+
+
+query_bounds = _define(
+    "query_bounds(Tensor query, Tensor key, Tensor? kv_range, Tensor? q_offset, SymInt offset) -> Tensor",
+    lambda query, *_: query.new_empty(query.shape[0], 3, dtype=torch.int32),
+    _query_bounds,
+)
+key_mean = _define(
+    "key_mean(Tensor key, Tensor bounds, int smooth_tokens) -> Tensor",
+    lambda key, *_: key.new_empty(key.shape[0], key.shape[1], key.shape[3], dtype=torch.float32),
+    "key_mean",
+)
+quantize_rows = _define(
+    "quantize_rows(Tensor x, int bits, bool packed=False) -> (Tensor, Tensor)", _fake_rows, "quantize"
+)
+quantize_groups = _define(
+    "quantize_groups(Tensor key, Tensor mean, Tensor bounds, int group, int bits, bool packed=False)"
+    " -> (Tensor, Tensor)",
+    _fake_groups,
+    "quantize",
+)
+row_limits = _define(
+    "row_limits(Tensor query, Tensor key, Tensor mean, Tensor query_scale, Tensor bounds, Tensor threshold,"
+    " float scale, int sink_tokens, int local_tokens) -> Tensor",
+    _fake_limits,
+    "row_limits",
+)
+scan_max = _define(
+    "scan_max(Tensor query_codes, Tensor limit, Tensor key_codes, Tensor key_scale, Tensor bounds, SymInt q_len,"
+    " SymInt kv_len, int block_q, int block_k, int local_tokens, bool whole_groups) -> Tensor",
+    _fake_scan,
+    "scan",
+)
+nonfinite_blocks = _define(
+    "nonfinite_blocks(Tensor value, Tensor bounds, int block_k) -> Tensor", _fake_nonfinite, "compact"
+)
+build_lists = _define(
+    "build_lists(Tensor hits, Tensor? nonfinite, Tensor bounds, int kv_heads, SymInt q_len, SymInt kv_len, int block_q,"
+    " int block_k, int sink_tokens, int local_tokens, SymInt min_length) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_lists,
+    "compact",
+)

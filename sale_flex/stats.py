@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a call did: how many blocks each head kept of those it could see, and which path ran."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sale_flex.geometry import Grid, visible_count
+
+
+class SaleStats(NamedTuple):
+    """Counts of one call, fixed in shape and left on the device: reading them is what waits for the device."""
+
+    kept_blocks: Tensor
+    """int64 ``[B, Hq]``: blocks that attention computes."""
+    visible_blocks: Tensor
+    """int64 ``[B, Hq]``: blocks in which some query sees some key, what dense attention computes."""
+    path: str
+    """What ran, for instance ``"triton scan + flex"``, ``"torch scan + flex"`` or ``"dense sdpa: ..."`` with the reason."""
+
+    @property
+    def density(self) -> Tensor:
+        """float32 ``[B, Hq]``: kept over visible blocks; 1 where nothing is visible."""
+        visible = self.visible_blocks
+        return torch.where(visible > 0, self.kept_blocks / visible.clamp_min(1), 1.0)
+
+
+def mask_stats(partial_num: Tensor, full_num: Tensor, bounds: Tensor, grid: Grid, path: str) -> SaleStats:
+    """Counts of a block mask from its list lengths, both int32 ``[B, Hq, nq]``."""
+    kept = (partial_num + full_num).sum(-1)
+    return SaleStats(kept, visible_count(bounds, grid)[:, None].expand_as(kept), path)
+
+
+def dense_stats(bounds: Tensor, heads: int, grid: Grid, path: str) -> SaleStats:
+    """Counts of a call that ran dense."""
+    visible = visible_count(bounds, grid)[:, None].expand(-1, heads)
+    return SaleStats(visible, visible, path)

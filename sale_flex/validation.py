@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What bad input gets: the argument, the rule, what came, and what to do about it. Reads no value of a tensor."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sale_flex.config import SaleConfig
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    config: SaleConfig,
+    q_offset: int | Tensor | None,
+    kv_range: Tensor | None,
+    scale: float | None,
+) -> None:
+    """Raise TypeError, ValueError or NotImplementedError for the first argument that breaks its rule."""
+    _check_tensors(query, key, value)
+    if not isinstance(config, SaleConfig):
+        raise TypeError(f"config must be a sale_flex.SaleConfig, got {type(config).__name__}.")
+    _check_threshold(config.threshold, query)
+    _check_positions(query, key, q_offset, kv_range)
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale must be a float or None (head_dim ** -0.5), got {type(scale).__name__}.")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale must be a finite number above 0, or None (head_dim ** -0.5), got {scale!r}.")
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor | None) -> None:
+    named = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions [batch, heads, length, head_dim], got shape {list(tensor.shape)}; "
+                "add the batch dimension with unsqueeze(0), or move heads before length with transpose(1, 2)."
+            )
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}; convert it with {name}.to()."
+            )
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}.")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}.")
+        if 0 in tensor.shape[:3]:
+            raise ValueError(
+                f"{name} must not be empty, got shape {list(tensor.shape)}; skip attention for an empty sequence."
+            )
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{name} must have the query's batch size {query.shape[0]}, got shape {list(tensor.shape)}."
+            )
+        if tensor.shape[3] != query.shape[3]:
+            raise ValueError(f"{name} must have the query's head_dim {query.shape[3]}, got {tensor.shape[3]}.")
+    if query.shape[3] not in HEAD_DIMS:
+        raise ValueError(
+            f"query must have a head_dim (last dimension) of {HEAD_DIMS}, got {query.shape[3]}; pad query, key and "
+            "value with zeros and pass the scale of the unpadded head_dim."
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            "query must have a number of heads that is a multiple of the key's, got "
+            f"{query.shape[1]} query heads and {key.shape[1]} key heads."
+        )
+    if value is not None and value.shape != key.shape:
+        raise ValueError(f"value must have the key's shape {list(key.shape)}, got {list(value.shape)}.")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in named.values()):
+        raise NotImplementedError(
+            "sale_flex is for inference and computes no gradients, but query, key or value requires one; call it "
+            "under torch.no_grad() or torch.inference_mode(), or detach the inputs."
+        )
+
+
+def _check_threshold(threshold: float | Tensor, query: Tensor) -> None:
+    if not isinstance(threshold, Tensor):
+        return
+    if threshold.shape[0] != query.shape[1]:
+        raise ValueError(
+            f"config.threshold must be a float or have shape [{query.shape[1]}], one per query head, got "
+            f"{list(threshold.shape)}."
+        )
+    if threshold.device != query.device:
+        raise ValueError(
+            f"config.threshold must be on the query's device {query.device}, got {threshold.device}; move it once, "
+            "when the config is made."
+        )
+
+
+def _check_positions(query: Tensor, key: Tensor, q_offset: int | Tensor | None, kv_range: Tensor | None) -> None:
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if q_offset is None:
+        if q_len > kv_len:
+            raise ValueError(
+                f"query must not be longer than key ({q_len} > {kv_len}) when q_offset is left out: its last row stands "
+                "at the last key."
+            )
+    elif isinstance(q_offset, Tensor):
+        if q_offset.dim() != 0 or q_offset.is_floating_point() or q_offset.dtype == torch.bool:
+            raise ValueError(
+                f"q_offset must be an int or a 0-d integer tensor, got shape {list(q_offset.shape)} and dtype "
+                f"{q_offset.dtype}."
+            )
+    elif isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
+        raise TypeError(f"q_offset must be an int or a 0-d integer tensor, got {type(q_offset).__name__}.")
+    elif q_offset < 0 or q_offset + q_len > kv_len:
+        raise ValueError(
+            "q_offset must place all queries at keys, 0 <= q_offset and q_offset + query.shape[2] <= key.shape[2]; got "
+            f"q_offset {q_offset} with {q_len} queries and {kv_len} keys."
+        )
+    if kv_range is None:
+        return
+    if not isinstance(kv_range, Tensor):
+        raise TypeError(f"kv_range must be an integer tensor of shape [batch, 2], got {type(kv_range).__name__}.")
+    if kv_range.shape != (query.shape[0], 2):
+        raise ValueError(f"kv_range must have shape [{query.shape[0]}, 2], got {list(kv_range.shape)}.")
+    if kv_range.is_floating_point() or kv_range.dtype == torch.bool:
+        raise TypeError(f"kv_range must hold integers, got {kv_range.dtype}.")
+    if kv_range.device != query.device:
+        raise ValueError(f"kv_range must be on the query's device {query.device}, got {kv_range.device}.")
