@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The smoothing mean of the keys: the average of the first valid ones (SALE section 3.1, over a prefix).
 
-Entry point: `key_mean`. One program a head. The sum is taken in float64 and rounded once, so that its bits do not depend
-on the order of additions.
+Entry point: `key_mean`. One program a head. The sum is taken in float64 and rounded once, so that its bits do not
+depend on the order of additions.
 """
 
 import torch

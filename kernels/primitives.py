@@ -6,18 +6,15 @@ import triton.language as tl
 
 
 @triton.jit
-def round_half_even(x):
-    """Nearest integer of a float32 below 2**22 in magnitude, ties to even, as `torch.round`.
-
-    1.5 * 2**23 has a spacing of 1, so the addition itself rounds. Neither the interpreter nor every target has rint.
-    """
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
 def is_finite(x):
     """Whether a float is neither infinite nor NaN: every comparison with NaN is false."""
     return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def nan_max(a, b):
+    """Maximum that is NaN if either is: a reduction with it finds the largest magnitude and the non-finite at once."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -33,10 +30,12 @@ def symmetric_scale(amax, TOP: tl.constexpr):
 
 
 @triton.jit
-def symmetric_codes(x, inverse, TOP: tl.constexpr):
-    """Codes of x in [-TOP, TOP], 0 where x is not finite."""
-    codes = tl.minimum(tl.maximum(round_half_even(x * inverse), -TOP * 1.0), TOP * 1.0)
-    return tl.where(is_finite(x), codes, 0.0).to(tl.int8)
+def nearest_int8(x):
+    """Nearest integer of a float32 in [-128, 127], ties to even as in `torch.round`.
+
+    1.5 * 2**23 has a spacing of 1, so adding it rounds, and leaves the integer in the low bits of the sum.
+    """
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import is_finite, store_codes, symmetric_codes, symmetric_scale
+from .primitives import is_finite, nan_max, nearest_int8, store_codes, symmetric_scale
 
 CODE_ROWS = 128
 """Codes are stored with their rows padded to a multiple of this, so that the scan loads whole tiles unmasked."""
@@ -33,15 +33,15 @@ def _quantize_rows_kernel(
     mask = (offsets_s < rows)[:, None] & (offsets_d < D)[None, :]
     x = tl.load(x_ptr + offsets_s[:, None] * stride_s + offsets_d[None, :] * stride_d, mask=mask, other=0.0)
     x = x.to(tl.float32)  # [BLOCK_S, BLOCK_D]
-    finite = is_finite(x)
-    scale, inverse = symmetric_scale(tl.max(tl.where(finite, tl.abs(x), 0.0), axis=1), TOP)
-    codes = symmetric_codes(x, inverse[:, None], TOP)
+    amax = tl.reduce(tl.abs(x), 1, nan_max)
+    scale, inverse = symmetric_scale(amax, TOP)
+    finite = is_finite(amax)
+    codes = tl.where(finite[:, None], nearest_int8(x * inverse[:, None]), 0)
     store_codes(
         codes_ptr + bh * padded_rows * (D // 2 if PACKED else D), codes, offsets_s, offsets_s < padded_rows,
         D, BLOCK_D, PACKED,
     )  # fmt: skip
-    whole = tl.min(finite.to(tl.int32), axis=1) == 1
-    tl.store(scale_ptr + bh * rows + offsets_s, tl.where(whole, scale, float("nan")), mask=offsets_s < rows)
+    tl.store(scale_ptr + bh * rows + offsets_s, tl.where(finite, scale, float("nan")), mask=offsets_s < rows)
 
 
 @triton.jit
@@ -65,14 +65,12 @@ def _quantize_groups_kernel(
     x = tl.load(key_ptr + offsets_s[:, None] * stride_s + offsets_d[None, :] * stride_d, mask=mask, other=0.0)
     mean = tl.load(mean_ptr + bh * D + offsets_d, mask=offsets_d < D, other=0.0)
     x = tl.where(mask, x.to(tl.float32) - mean[None, :], 0.0)  # [GROUP, BLOCK_D]
-    finite = is_finite(x)
-    scale, inverse = symmetric_scale(tl.max(tl.where(finite, tl.abs(x), 0.0)), TOP)
-    codes = symmetric_codes(x, inverse, TOP)
-    store_codes(
-        codes_ptr + bh * padded_rows * (D // 2 if PACKED else D), codes, offsets_s, valid, D, BLOCK_D, PACKED
-    )
-    whole = tl.min(finite.to(tl.int32)) == 1
-    tl.store(scale_ptr + bh * groups + group, tl.where(whole, scale, float("nan")))
+    amax = tl.reduce(tl.reduce(tl.abs(x), 1, nan_max), 0, nan_max)
+    scale, inverse = symmetric_scale(amax, TOP)
+    finite = is_finite(amax)
+    codes = tl.where(finite, nearest_int8(x * inverse), 0)
+    store_codes(codes_ptr + bh * padded_rows * (D // 2 if PACKED else D), codes, offsets_s, valid, D, BLOCK_D, PACKED)
+    tl.store(scale_ptr + bh * groups + group, tl.where(finite, scale, float("nan")))
 
 
 def quantize_rows(x: Tensor, bits: int, packed: bool = False) -> tuple[Tensor, Tensor]:
@@ -113,7 +111,8 @@ def quantize_groups(
         packed: Two 4-bit codes per byte, uint8 ``[..., D / 2]``.
 
     Returns:
-        int8 ``[B, H, R, D]``, R = ceil(S / 128) * 128 (keys that are not valid are 0), and float32 ``[B, H, R / group]``.
+        int8 ``[B, H, R, D]``, R = ceil(S / 128) * 128 (keys that are not valid are 0), and float32
+        ``[B, H, R / group]``.
     """
     batch, heads, rows, dim = key.shape
     padded = triton.cdiv(rows, CODE_ROWS) * CODE_ROWS

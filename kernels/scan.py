@@ -26,7 +26,7 @@ def _block_max(product, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Largest product of each block in each of 4 interleaved sets of columns, ``[BLOCK_M, BLOCKS, 4]``.
 
     The accumulator of a matrix instruction spreads 8 neighbouring columns over 4 threads, 2 each. Keeping those 4 apart
-    leaves a maximum inside one thread, and one reduction over all of its columns lets the compiler take three at a time.
+    leaves a maximum inside one thread, and one reduction over all of its columns lets the compiler take three at once.
     """
     rows: tl.constexpr = product.shape[0]
     tiles = tl.reshape(product, [rows, BLOCKS, BLOCK_K // 8, 4, 2])
@@ -51,7 +51,7 @@ def _scan_max_kernel(
     q_len, query_rows, key_rows, query_blocks, words, local_tokens,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WHOLE_GROUPS: tl.constexpr,
+    FROM_ZERO: tl.constexpr,
 ):  # fmt: skip
     """Hit bits of BLOCK_M / BLOCK_Q query blocks of one head."""
     BLOCKS: tl.constexpr = BLOCK_N // BLOCK_K  # key blocks a step
@@ -61,7 +61,10 @@ def _scan_max_kernel(
     batch = bh // HEADS
     kv_head = batch * KV_HEADS + (bh % HEADS) // (HEADS // KV_HEADS)
     offset = tl.load(bounds_ptr + batch * 3)
-    start = tl.load(bounds_ptr + batch * 3 + 1)
+    if FROM_ZERO:
+        start = 0
+    else:
+        start = tl.load(bounds_ptr + batch * 3 + 1)
     end = tl.load(bounds_ptr + batch * 3 + 2)
 
     # Blocks from `stop` on touch the local window of the tile's last query block: kept without a look.
@@ -99,7 +102,7 @@ def _scan_max_kernel(
             key = tl.load(pointers, mask=d_mask, other=0)
         product = tl.dot(query, tl.trans(key), out_dtype=tl.int32)
         group = block + in_step - start_block
-        if WHOLE_GROUPS:
+        if FROM_ZERO:
             hit = _reaches(product, key_scale_ptr, group, limit, BLOCKS, BLOCK_K)
         elif cut == 0:
             hit = _reaches(product, key_scale_ptr, group, limit, BLOCKS, BLOCK_K)
@@ -120,13 +123,13 @@ def _scan_max_kernel(
 
 
 def tile_options(head_dim: int, block_k: int) -> dict[str, int]:
-    """Tile and launch options of the scan: wide heads take narrower tiles, so that every GPU's shared memory holds them."""
+    """Tile and launch options of the scan; wide heads take narrower tiles, to fit every GPU's shared memory."""
     wide = head_dim > 128
     return {
         "BLOCK_M": 128,
         "BLOCK_N": max(block_k, 64),
         "num_warps": 8 if wide else 4,
-        "num_stages": 2 if wide else 4,
+        "num_stages": 2 if wide else 3,
     }
 
 
@@ -141,7 +144,7 @@ def scan_max(
     block_q: int,
     block_k: int,
     local_tokens: int,
-    whole_groups: bool,
+    from_zero: bool,
 ) -> Tensor:
     """Blocks with an element that reaches its row's limit, as bits.
 
@@ -156,8 +159,8 @@ def scan_max(
         block_q: Query rows a block.
         block_k: Keys a block.
         local_tokens: Blocks in the local window are not scanned.
-        whole_groups: The caller knows that every first valid key starts a block, so that blocks and groups of keys are
-            the same.
+        from_zero: The caller knows that every batch row's first valid key is key 0, so that blocks and groups of keys
+            are the same.
 
     Returns:
         int32 ``[B, Hq, nq, ceil(nk / 32)]``: bit ``j % 32`` of word ``j // 32`` is key block j. Bits of blocks that are
@@ -171,6 +174,6 @@ def scan_max(
         query_codes, limit, key_codes, key_scale, bounds, hits,
         q_len, query_rows, key_codes.shape[2], query_blocks, words, local_tokens,
         HEADS=heads, KV_HEADS=key_codes.shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim),
-        BLOCK_Q=block_q, BLOCK_K=block_k, WHOLE_GROUPS=whole_groups, **tile_options(dim, block_k),
+        BLOCK_Q=block_q, BLOCK_K=block_k, FROM_ZERO=from_zero, **tile_options(dim, block_k),
     )  # fmt: skip
     return hits

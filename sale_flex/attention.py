@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sale_flex.block_mask import build_block_mask, make_bounds
+from sale_flex.compiler import inductor_is_tracing
 from sale_flex.config import SaleConfig
 from sale_flex.flex import run_flex
 from sale_flex.geometry import Grid
@@ -97,9 +98,9 @@ def sale_attention(
         square = q_offset is None and kv_range is None and query.shape[2] == key.shape[2]
         output = _dense(query, key, value, None if square else bounds, scale)
         return SaleResult(output, dense_stats(bounds, query.shape[1], grid, reason)) if stats else output
-    # Our own program is compiled by Inductor, which follows block indices. A caller's torch.compile may run another
-    # backend, one that computes flex_attention densely under its mask_mod.
-    lookup = torch.compiler.is_compiling()
+    # Our own program goes to Inductor, which follows block indices. So may a caller's torch.compile; if it does not,
+    # flex_attention may be computed densely under its mask_mod, which then has to know the kept blocks.
+    lookup = torch.compiler.is_compiling() and not inductor_is_tracing()
     block_mask, counts = build_block_mask(query, key, value, bounds, kv_range is None, scale, config, lookup)
     output = run_flex(query, key, value, block_mask, scale, kernel_options)
     return SaleResult(output, counts) if stats else output
@@ -129,8 +130,6 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, sca
     position = torch.arange(query.shape[2], device=query.device)[None, :, None] + offset
     at = torch.arange(key.shape[2], device=query.device)
     seen = (at >= start) & (at <= position) & (position < end)  # [B, Sq, Skv]
-    output = scaled_dot_product_attention(
-        query, key, value, attn_mask=seen[:, None], scale=scale, enable_gqa=grouped
-    )
+    output = scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None], scale=scale, enable_gqa=grouped)
     padding = (position < start) | (position >= end)  # [B, Sq, 1]
     return output.masked_fill(padding[:, None], 0.0)

@@ -15,7 +15,6 @@ from sale_flex.rules import RULES
 from sale_flex.stats import SaleStats, mask_stats
 from sale_flex.validation import check_inputs
 
-
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -122,7 +121,7 @@ def build_block_mask(
         lookup: Whether the mask_mod looks up the kept blocks. Without, it is for a caller who knows that the block
             indices will be followed: the lookup costs the compiled kernel registers in every block.
     """
-    batch, heads, q_len, _ = query.shape
+    heads, q_len = query.shape[1:3]
     kv_heads, kv_len = key.shape[1:3]
     block_q, block_k = config.block_size
     threshold = config.threshold

@@ -5,9 +5,7 @@ import torch
 from torch import Tensor
 
 
-def query_bounds(
-    query: Tensor, key: Tensor, kv_range: Tensor | None, q_offset: Tensor | None, offset: int
-) -> Tensor:
+def query_bounds(query: Tensor, key: Tensor, kv_range: Tensor | None, q_offset: Tensor | None, offset: int) -> Tensor:
     """Check and gather the positions of a call.
 
     Args:

@@ -95,8 +95,6 @@ def _check_threshold(threshold: float | Tensor) -> None:
             raise ValueError(f"threshold must be 0 or more and finite for every head, got {threshold.tolist()}.")
         return
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise TypeError(
-            f"threshold must be a float or a float tensor of shape [Hq], got {type(threshold).__name__}."
-        )
+        raise TypeError(f"threshold must be a float or a float tensor of shape [Hq], got {type(threshold).__name__}.")
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold must be 0 or more and finite, got {threshold!r}.")

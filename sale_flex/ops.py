@@ -75,7 +75,7 @@ def _fake_scan(
     block_q: int,
     block_k: int,
     local_tokens: int,
-    whole_groups: bool,
+    from_zero: bool,
 ) -> Tensor:
     batch, heads = query_codes.shape[:2]
     words = _ceil(_ceil(kv_len, block_k), 32)
@@ -133,7 +133,7 @@ row_limits = _define(
 )
 scan_max = _define(
     "scan_max(Tensor query_codes, Tensor limit, Tensor key_codes, Tensor key_scale, Tensor bounds, SymInt q_len,"
-    " SymInt kv_len, int block_q, int block_k, int local_tokens, bool whole_groups) -> Tensor",
+    " SymInt kv_len, int block_q, int block_k, int local_tokens, bool from_zero) -> Tensor",
     _fake_scan,
     "scan",
 )

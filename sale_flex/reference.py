@@ -66,25 +66,23 @@ def key_mean(key: Tensor, bounds: Tensor, smooth_tokens: int) -> Tensor:
 
 
 def _symmetric(x: Tensor, dims: tuple[int, ...], bits: int) -> tuple[Tensor, Tensor]:
-    """Codes of x in [-c, c] and the scale amax / c over `dims`, c = 7 or 127; non-finite elements get code 0.
+    """Codes of x in [-c, c] and the scale amax / c over `dims`, c = 7 or 127.
 
-    Where the scale is no normal float (x is all but 0) it is 1.
+    Where the scale is no normal float (x is all but 0) it is 1. A non-finite element makes it NaN, and all codes 0.
     """
-    amax = torch.where(x.isfinite(), x, 0.0).abs().amax(dims, keepdim=True)
+    amax = x.abs().amax(dims, keepdim=True)
     top = torch.full_like(amax, 2 ** (bits - 1) - 1)
-    scale = amax / top
-    normal = scale >= torch.finfo(torch.float32).tiny
-    scale = torch.where(normal, scale, 1.0)
+    normal = amax / top >= torch.finfo(torch.float32).tiny
+    scale = torch.where(normal, amax / top, 1.0)
     inverse = torch.where(normal, top / amax, 1.0)
-    codes = torch.minimum(torch.maximum((x * inverse).round(), -top), top)
-    return torch.where(x.isfinite(), codes, 0.0).to(torch.int8), scale
+    finite = amax.isfinite()
+    codes = torch.where(finite, (x * inverse).round(), 0.0).clamp(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
+    return codes.to(torch.int8), torch.where(finite, scale, torch.nan)
 
 
 def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Symmetric codes with a scale per row: int8 ``[B, H, S, D]``, float32 ``[B, H, S]`` (NaN: a non-finite row)."""
-    x = x.float()
-    codes, scale = _symmetric(x, (-1,), bits)
-    scale = torch.where(x.isfinite().all(-1, keepdim=True), scale, torch.nan)
+    codes, scale = _symmetric(x.float(), (-1,), bits)
     return codes, scale[..., 0]
 
 
@@ -103,7 +101,7 @@ def quantize_groups(key: Tensor, mean: Tensor, bounds: Tensor, group: int, bits:
             keys = slice(first, min(first + group, end))
             x = key[b, :, keys].float() - mean[b, :, None]
             codes[b, :, keys], scale = _symmetric(x, (-2, -1), bits)
-            scales[b, :, g] = torch.where(x.isfinite().all(-1).all(-1), scale[:, 0, 0], torch.nan)
+            scales[b, :, g] = scale[:, 0, 0]
     return codes, scales
 
 
@@ -225,7 +223,7 @@ def masked_attention(
     scale: float,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Softmax attention over the keys that are visible and in a kept block, ``[B, Hq, Sq, D]``; 0 where there are none."""
+    """Softmax attention over visible keys in kept blocks, ``[B, Hq, Sq, D]``; 0 where there are none."""
     heads = query.shape[1]
     logits = query.to(dtype) @ _repeat(key, heads).to(dtype).transpose(-1, -2) * scale
     seen = visible(bounds, query.shape[2], key.shape[2])[:, None]

@@ -17,7 +17,7 @@ class SaleStats(NamedTuple):
     visible_blocks: Tensor
     """int64 ``[B, Hq]``: blocks in which some query sees some key, what dense attention computes."""
     path: str
-    """What ran, for instance ``"triton scan + flex"``, ``"torch scan + flex"`` or ``"dense sdpa: ..."`` with the reason."""
+    """What ran: ``"triton scan + flex"``, ``"torch scan + flex"``, or ``"dense sdpa: ..."`` with the reason."""
 
     @property
     def density(self) -> Tensor:

@@ -101,8 +101,8 @@ def _check_positions(query: Tensor, key: Tensor, q_offset: int | Tensor | None, 
     if q_offset is None:
         if q_len > kv_len:
             raise ValueError(
-                f"query must not be longer than key ({q_len} > {kv_len}) when q_offset is left out: its last row stands "
-                "at the last key."
+                f"query must not be longer than key ({q_len} > {kv_len}) when q_offset is left out: its last row "
+                "stands at the last key."
             )
     elif isinstance(q_offset, Tensor):
         if q_offset.dim() != 0 or q_offset.is_floating_point() or q_offset.dtype == torch.bool:

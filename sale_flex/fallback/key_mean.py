@@ -9,7 +9,7 @@ def key_mean(key: Tensor, bounds: Tensor, smooth_tokens: int) -> Tensor:
     """Mean of the first `smooth_tokens` valid keys, of those there are.
 
     A mean over the whole sequence would look into the future, and the same tokens in chunks, in one shot and padded
-    would then choose different blocks. The sum is taken in float64 and rounded once: its bits do not depend on the order.
+    would then choose different blocks. The sum is taken in float64 and rounded once: its bits do not depend on order.
 
     Args:
         key: ``[B, Hkv, Skv, D]``.

@@ -37,15 +37,13 @@ def quantize_groups(
 
 
 def _symmetric(x: Tensor, dims: tuple[int, ...], bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and scale of x over `dims`; a slice with a non-finite element has scale NaN."""
-    finite = x.isfinite()
-    x = torch.where(finite, x, 0.0)
-    amax = x.abs().amax(dims, keepdim=True)
+    """Codes and scale of x over `dims`; a slice with a non-finite element has codes 0 and scale NaN."""
+    amax = x.abs().amax(dims, keepdim=True)  # NaN if an element is
     # A tensor, not a number: dividing by a number is not correctly rounded on every device.
     top = torch.full_like(amax, 2 ** (bits - 1) - 1)
     scale = amax / top
     normal = scale >= torch.finfo(torch.float32).tiny
     inverse = torch.where(normal, top / amax, 1.0)
-    codes = torch.minimum(torch.maximum((x * inverse).round_(), -top), top).to(torch.int8)
-    whole = finite.flatten(x.dim() - len(dims)).all(-1).reshape(scale.shape)
-    return codes, torch.where(whole, torch.where(normal, scale, 1.0), torch.nan)
+    finite = amax.isfinite()
+    codes = torch.where(finite, (x * inverse).round_(), 0.0).to(torch.int8)
+    return codes, torch.where(finite, torch.where(normal, scale, 1.0), torch.nan)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sale_flex.fallback.quantize import CODE_ROWS
 
-_TILE = 512
+_TILE = 128
 
 
 def row_limits(

@@ -25,11 +25,11 @@ def scan_max(
     block_q: int,
     block_k: int,
     local_tokens: int,
-    whole_groups: bool,
+    from_zero: bool,
 ) -> Tensor:
     """Hit bits int32 ``[B, Hq, nq, ceil(nk / 32)]`` of every block before a row's local window.
 
-    `whole_groups` is a promise that only the kernel makes use of.
+    `from_zero` is a promise that only the kernel makes use of.
     """
     batch, heads = query_codes.shape[:2]
     kv_heads = key_codes.shape[1]
