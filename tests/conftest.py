@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How every test runs: kernels interpreted without a GPU, memory poisoned, Hypothesis profiles."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Triton reads this when a kernel is decorated, so it has to be there before any kernel is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# No deadline anywhere: the first example of a property compiles what the others reuse.
+settings.register_profile("dev", max_examples=25, deadline=None)
+settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, database=None, print_blob=True)
+settings.register_profile("thorough", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill a fresh allocation with what no kernel writes: NaN, or an integer out of every range."""
+    if type(tensor) is not torch.Tensor or tensor.is_meta:
+        return tensor  # fake and meta tensors have no memory
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.fill_(float("nan"))
+    if tensor.dtype == torch.bool:
+        return tensor.fill_(True)
+    # Negative where there is a sign: no index, no count and no code (those end at -127) looks like it.
+    info = torch.iinfo(tensor.dtype)
+    return tensor.fill_(info.min if info.min < 0 else info.max)
+
+
+def poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`allocate`, poisoning what it returns to a caller inside sale_flex."""
+
+    def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return tensor
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return poison(tensor) if caller.split(".")[0] == "sale_flex" else tensor
+
+    return allocate_poisoned
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_allocations() -> Iterator[None]:
+    """Make memory that sale_flex allocates and forgets to write show up in results.
+
+    Once a session, not once a test: compiled code may hold on to the functions replaced here.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
+            patch.setattr(torch, name, poisoning(getattr(torch, name)))
+        patch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
+        patch.setattr(torch.Tensor, "new_empty_strided", poisoning(torch.Tensor.new_empty_strided))
+        yield

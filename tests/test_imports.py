@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What importing costs, and what may import what: DESIGN.md, "Files and arrows"."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sale_flex
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ARROWS: dict[str, set[str]] = {
+    "attention": {"block_mask", "compiler", "config", "flex", "geometry", "stats", "validation"},
+    "block_mask": {"config", "geometry", "ops", "rules", "stats", "validation"},
+    "bounds": set(),
+    "cli": {"", "demo", "info"},
+    "compiler": set(),
+    "config": set(),
+    "demo": {"", "cli", "config"},
+    "fallback": {"geometry", "packing"},
+    "flex": set(),
+    "geometry": set(),
+    "info": {"cli", "config", "flex"},
+    "kernels": set(),
+    "ops": {"bounds"},
+    "packing": set(),
+    "reference": set(),
+    "rules": {"config", "geometry", "ops"},
+    "stats": {"geometry"},
+    "testing": {"config", "reference"},
+    "validation": {"config"},
+}
+"""Module (or folder) of sale_flex -> the others it may import, at any depth of its code; "" is the package itself."""
+
+FOREIGN = {
+    "demo": {"matplotlib", "rich", "safetensors", "tokenizers", "torch", "transformers"},
+    "kernels": {"torch", "triton"},
+    "testing": {"hypothesis", "torch"},
+}
+"""Module -> what it may import beside the standard library; torch alone if not listed."""
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Every source file with its owner's name in `ARROWS`."""
+    for path in sorted((ROOT / "sale_flex").rglob("*.py")):
+        yield path.relative_to(ROOT / "sale_flex").parts[0].removesuffix(".py"), path
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        yield "kernels", path
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names that a file imports, wherever in the file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield f".{node.module or ''}"
+            else:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def python(code: str, *options: str, cwd: Path, path: Path | None = None) -> str:
+    """Output of a fresh interpreter that runs `code`."""
+    environment = dict(os.environ)
+    environment.pop("PYTHONPATH", None)
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_imports_torch_alone(tmp_path):
+    # FlexAttention belongs to torch; whatever it draws in is torch's own business.
+    code = (
+        "import sys, torch.nn.attention.flex_attention\n"
+        "before = set(sys.modules)\n"
+        "import sale_flex\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    added = set(python(code, cwd=tmp_path).split())
+    assert added - sys.stdlib_module_names <= {"sale_flex", "torch"}
+
+
+def test_importing_the_package_leaves_the_optional_alone(tmp_path):
+    optional = {*FOREIGN["demo"], *FOREIGN["testing"], *FOREIGN["kernels"], "sale_flex.kernels"}
+    code = f"import sys, sale_flex; print(*({optional - {'torch'}!r} & set(sys.modules)))"
+    assert python(code, cwd=tmp_path) == ""
+
+
+def test_public_names_are_those_of_all():
+    public = {
+        name for name, value in vars(sale_flex).items() if not name.startswith("_") and not isinstance(value, type(sys))
+    }
+    assert public | {"__version__"} == set(sale_flex.__all__)
+    assert sale_flex.__all__ == sorted(sale_flex.__all__)
+
+
+def test_every_module_has_its_arrows():
+    owners = {owner for owner, _ in sources()} - {"__init__", "__main__"}
+    assert owners == set(ARROWS)
+
+
+@pytest.mark.parametrize(
+    ("owner", "path"),
+    [pytest.param(*source, id=str(source[1].relative_to(ROOT))) for source in sources()],
+)
+def test_imports_follow_the_arrows(owner, path):
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "":
+            assert owner == "kernels", f"{name}: only kernels import relatively, to stand alone"
+        elif top == "sale_flex":
+            if owner in ("__init__", "__main__"):
+                continue
+            target = rest.partition(".")[0]
+            target = target if target in ARROWS else ""
+            assert target in ARROWS[owner] | {owner}, f"{owner} must not import {name}"
+        elif top not in sys.stdlib_module_names:
+            assert top in FOREIGN.get(owner, {"torch"}), f"{owner} must not import {name}"
+
+
+@pytest.fixture
+def other_kernels(tmp_path):
+    """A folder with a package that is called `kernels` as Hugging Face's is."""
+    package = tmp_path / "elsewhere" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from .inside import CUDAProperties\n")
+    (package / "inside.py").write_text("class CUDAProperties: pass\n")
+    return package.parent
+
+
+def test_kernels_steps_aside_for_another_package_of_that_name(other_kernels):
+    code = (
+        "import kernels, kernels.inside\n"
+        "from kernels import CUDAProperties\n"
+        "import sale_flex.kernels\n"
+        "print(kernels.__file__)\n"
+        "print(sale_flex.kernels.__file__)"
+    )
+    theirs, ours = python(code, cwd=ROOT, path=other_kernels).splitlines()
+    assert Path(theirs) == other_kernels / "kernels" / "__init__.py"
+    assert Path(ours) == ROOT / "kernels" / "__init__.py"
+
+
+def test_kernels_is_harmless_where_there_is_no_other():
+    # -S: without site-packages, in which the other package may be installed.
+    code = "import kernels; print(kernels.__file__)"
+    assert Path(python(code, "-S", cwd=ROOT)) == ROOT / "kernels" / "__init__.py"
