@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sale_flex.block_mask import build_block_mask, make_bounds
-from sale_flex.compiler import inductor_is_tracing
 from sale_flex.config import SaleConfig
 from sale_flex.flex import run_flex
 from sale_flex.geometry import Grid
@@ -100,7 +99,11 @@ def sale_attention(
         return SaleResult(output, dense_stats(bounds, query.shape[1], grid, reason)) if stats else output
     # Our own program goes to Inductor, which follows block indices. So may a caller's torch.compile; if it does not,
     # flex_attention may be computed densely under its mask_mod, which then has to know the kept blocks.
-    lookup = torch.compiler.is_compiling() and not inductor_is_tracing()
+    lookup = False
+    if torch.compiler.is_compiling():
+        from sale_flex.compiler import inductor_is_tracing  # here: it imports torch._dynamo, and that Triton
+
+        lookup = not inductor_is_tracing()
     block_mask, counts = build_block_mask(query, key, value, bounds, kv_range is None, scale, config, lookup)
     output = run_flex(query, key, value, block_mask, scale, kernel_options)
     return SaleResult(output, counts) if stats else output
