@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""README.md's code runs as it stands, but for the device and the length."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_code_runs_and_its_two_ways_agree():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = code.replace('"cuda"', '"cpu"').replace("16384", "2048").replace(" 32,", " 4,").replace(" 8,", " 2,")
+    names: dict = {}
+    code = code.replace("mask =", "first = out\nmask =").replace("out, stats =", "_, stats =")
+    exec(code, names)
+    assert names["stats"].path == "torch scan + flex"
+    # One computation with two mask_mods that hide the same elements.
+    assert names["first"].equal(names["out"])
+
+
+def test_ci_runs_the_test_command_it_promises():
+    commands = re.findall(r"^pip install .*?(?=  #|$)", README, re.MULTILINE)
+    assert [command.split(" && ")[1].strip() for command in commands] == ["sale-flex demo", "pytest"]
+    assert commands[1].strip() in (ROOT / ".ci/run").read_text("utf-8")
