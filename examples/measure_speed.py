@@ -33,6 +33,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 
 import sale_flex
 from sale_flex import SaleConfig, ops
+from sale_flex.block_mask import build_block_mask
 from sale_flex.flex import run_flex
 
 BASELINES = {
@@ -149,7 +150,7 @@ def dense_candidates(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Cal
 def sale_candidates(
     query: Tensor, key: Tensor, value: Tensor, config: SaleConfig, mask: BlockMask
 ) -> dict[str, Callable[[], Any]]:
-    """The stages of `sale_attention`, each on the results of those before it, and the whole."""
+    """The stages of `sale_attention`, each on the results of those before it, the whole, and attention on `mask`."""
     heads, length, dim = query.shape[1:]
     scale = dim**-0.5
     block_q, block_k = config.block_size
@@ -174,14 +175,19 @@ def sale_candidates(
     limit = limits()
     scan = partial(ops.scan_max, query_codes, limit, key_codes, key_scale, bounds, *lengths, config.local_tokens, True)
     hits = scan()
+    # As in `sale_attention`: compiled, so that the mask_mod need not look up the kept blocks.
+    inner = build_block_mask(query, key, value, bounds, True, scale, config, lookup=False).block_mask
+    options = sale_flex.flex_kernel_options(query, config.block_size)
+    flex = torch.compile(partial(flex_attention, kernel_options=options), fullgraph=True)
     return {
         "quantize": quantize,
         "row limits": limits,
         "scan": scan,
         "compact": compact,
         "block mask (the four above)": partial(sale_flex.create_sale_block_mask, query, key, config, value=value),
-        "flex_attention on the mask": partial(run_flex, query, key, value, mask, scale, None),
+        "flex_attention inside sale_attention": partial(run_flex, query, key, value, inner, scale, None),
         "sale_attention": partial(sale_flex.sale_attention, query, key, value, config),
+        "flex_attention on the public mask": partial(flex, query, key, value, block_mask=mask, enable_gqa=True),
     }
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`create_sale_block_mask`: from a rule's hit bits to a FlexAttention `BlockMask`."""
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -11,11 +10,10 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks
 from sale_flex import ops
 from sale_flex.config import SaleConfig
 from sale_flex.geometry import Grid
+from sale_flex.mask_mods import kept_block, visible
 from sale_flex.rules import RULES
 from sale_flex.stats import SaleStats, mask_stats
 from sale_flex.validation import check_inputs
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class MaskResult(NamedTuple):
@@ -144,37 +142,18 @@ def build_block_mask(
         config.local_tokens,
         min_length,
     )
-    visible = _visible(bounds)
+    mask_mod = visible(bounds)
+    if lookup:
+        mask_mod = and_masks(kept_block(*ops.kept_table(kept, block_q, block_k)), mask_mod)
     mask = BlockMask.from_kv_blocks(
         partial_num,
         partial_idx,
         full_num,
         full_idx,
         BLOCK_SIZE=config.block_size,
-        mask_mod=and_masks(_kept(kept, block_q, block_k), visible) if lookup else visible,
+        mask_mod=mask_mod,
         seq_lengths=(q_len, kv_len),
         compute_q_blocks=False,
     )
     path = f"{'triton' if query.is_cuda else 'torch'} scan + flex"
     return MaskResult(mask, mask_stats(partial_num, full_num, bounds, Grid(q_len, kv_len, block_q, block_k), path))
-
-
-def _visible(bounds: Tensor) -> MaskMod:
-    """The mask_mod of positions: causal, valid, and the query no padding."""
-
-    def visible(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        position = q_idx + bounds[b, 0]
-        return (kv_idx >= bounds[b, 1]) & (kv_idx <= position) & (position < bounds[b, 2])
-
-    return visible
-
-
-def _kept(kept: Tensor, block_q: int, block_k: int) -> MaskMod:
-    """The mask_mod of the selection: whether the element's block is kept, looked up in the kept bits."""
-
-    def in_kept_block(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        block = kv_idx // block_k
-        word = kept[b, h, q_idx // block_q, block // 32]
-        return ((word >> (block % 32)) & 1) == 1
-
-    return in_kept_block

@@ -75,6 +75,8 @@ def run_flex(
     kernel_options: dict[str, Any] | None,
 ) -> Tensor:
     """Attention on the blocks of `block_mask`, ``[B, Hq, Sq, D]``, always through the compiler."""
+    # The CPU program refuses tensors that require a gradient even where none is recorded.
+    query, key, value = query.detach(), key.detach(), value.detach()
     options: Any = flex_kernel_options(query, block_mask.BLOCK_SIZE) | (kernel_options or {})
     grouped = query.shape[1] != key.shape[1]
     if torch.compiler.is_compiling():

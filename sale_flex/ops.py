@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from sale_flex.bounds import query_bounds as _query_bounds
+from sale_flex.mask_mods import kept_table as _kept_table
+from sale_flex.mask_mods import table_words
 
 _LIBRARY = torch.library.Library("sale_flex", "DEF")
 
@@ -145,4 +147,9 @@ build_lists = _define(
     " int block_k, int sink_tokens, int local_tokens, SymInt min_length) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_lists,
     "compact",
+)
+kept_table = _define(
+    "kept_table(Tensor kept, int block_q, int block_k) -> (Tensor, Tensor)",
+    lambda kept, *_: (kept.new_empty(table_words(kept.numel())), kept.new_empty(5)),
+    _kept_table,
 )

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ARROWS: dict[str, set[str]] = {
     "attention": {"block_mask", "compiler", "config", "flex", "geometry", "stats", "validation"},
-    "block_mask": {"config", "geometry", "ops", "rules", "stats", "validation"},
+    "block_mask": {"config", "geometry", "mask_mods", "ops", "rules", "stats", "validation"},
     "bounds": set(),
     "cli": {"", "demo", "info"},
     "compiler": set(),
@@ -27,7 +27,8 @@ ARROWS: dict[str, set[str]] = {
     "geometry": set(),
     "info": {"cli", "config", "flex"},
     "kernels": set(),
-    "ops": {"bounds"},
+    "mask_mods": set(),
+    "ops": {"bounds", "mask_mods"},
     "packing": set(),
     "reference": set(),
     "rules": {"config", "geometry", "ops"},

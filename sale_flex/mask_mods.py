@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The mask_mods of a SALE block mask: which positions see each other, and which blocks were kept.
+
+The kept bits are looked up in a flat table. Its length is the same for all short calls, and strides and block sizes are
+values of a tensor, so that no number that torch.compile could take for a dynamic one is part of the mask_mod's code:
+Inductor's C++ template for flex_attention confuses the names of such symbols (torch 2.13 to 2.15 do).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``mask_mod(b, h, q_idx, kv_idx)`` -> bool, as flex_attention takes it."""
+
+_TABLE_WORDS = 2**20
+"""Length of the table of a call that needs no more: 4 MiB, enough for 32 heads of 60,000 tokens in 64x64 blocks."""
+
+
+def table_words(needed: int) -> int:
+    """Length of the table that holds `needed` words."""
+    return _TABLE_WORDS if needed <= _TABLE_WORDS else needed
+
+
+def kept_table(kept: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+    """Kept bits as a flat table, and how to find a block in it.
+
+    Args:
+        kept: int32 ``[B, Hq, nq, ceil(nk / 32)]`` from `sale_flex.ops.build_lists`.
+        block_q: Query rows a block, a power of two.
+        block_k: Keys a block, a power of two.
+
+    Returns:
+        int32 ``[table_words]``, and int32 ``[5]``: strides of batch row, head and query block, log2 of `block_q` and of
+        `block_k`.
+    """
+    table = kept.new_zeros(table_words(kept.numel()))
+    table[: kept.numel()] = kept.flatten()
+    layout = torch.empty(5, dtype=torch.int32, device=kept.device)
+    for place, number in enumerate((*kept.stride()[:3], block_q.bit_length() - 1, block_k.bit_length() - 1)):
+        layout[place] = number
+    return table, layout
+
+
+def visible(bounds: Tensor) -> MaskMod:
+    """The mask_mod of positions: causal, valid, and the query no padding. `bounds` is int32 ``[B, 3]``."""
+    _mark_static(bounds)
+
+    def is_visible(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        position = q_idx + bounds[b, 0]
+        return (kv_idx >= bounds[b, 1]) & (kv_idx <= position) & (position < bounds[b, 2])
+
+    return is_visible
+
+
+def kept_block(table: Tensor, layout: Tensor) -> MaskMod:
+    """The mask_mod of the selection: whether the element's block was kept, looked up in `kept_table`'s table."""
+    _mark_static(layout)
+    if table.shape[0] == _TABLE_WORDS:
+        _mark_static(table)
+
+    def is_in_kept_block(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        query_block, block = q_idx >> layout[3], kv_idx >> layout[4]
+        word = table[b * layout[0] + h * layout[1] + query_block * layout[2] + (block >> 5)]
+        return ((word >> (block & 31)) & 1) == 1
+
+    return is_in_kept_block
+
+
+def _mark_static(captured: Tensor) -> None:
+    """Keep torch.compile(dynamic=True) from making symbols of a captured tensor's sizes."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static(captured)

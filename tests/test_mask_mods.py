@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The mask_mod that a block mask carries, in the hands of a user who compiles flex_attention."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from sale_flex import SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex.fallback.bits import unpack_bits
+from sale_flex.mask_mods import _TABLE_WORDS, kept_block, kept_table, table_words
+from sale_flex.testing import Shape, structured_inputs
+
+CONFIG = SaleConfig(threshold=0.3, min_length=64, local_tokens=64, smooth_tokens=128)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_compiled_flex_attention_takes_masks_of_any_length(dynamic):
+    # Sizes and strides of what the mask_mod captures must not become symbols: Inductor's C++ confuses their names.
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=dynamic)
+    for length in (512, 700, 1100, 1536):
+        inputs = structured_inputs(Shape(length, length, heads=4, kv_heads=2, head_dim=32), seed=length)
+        mask, stats = create_sale_block_mask(inputs.query, inputs.key, CONFIG, stats=True)
+        assert stats.density.mean() < 0.9
+        output = compiled(*inputs, block_mask=mask, enable_gqa=True)
+        # One kernel from two mask_mods that hide the same elements.
+        assert output.equal(sale_attention(*inputs, CONFIG)), length
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (64, 32), (128, 64), (128, 128)])
+def test_the_lookup_finds_every_block(block_q, block_k):
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.randint(-(2**31), 2**31, (2, 3, 5, 2), generator=generator).to(torch.int32)
+    lookup = kept_block(*kept_table(kept, block_q, block_k))
+    expected = unpack_bits(kept, 64)
+    for where in expected.long().add(1).nonzero()[::7]:
+        b, h, i, j = where
+        # Any row and key of the block will do.
+        found = lookup(b, h, i * block_q + block_q - 1, j * block_k + block_k // 2)
+        assert found == expected[b, h, i, j], where
+
+
+def test_short_calls_share_a_table_length():
+    assert table_words(1) == table_words(_TABLE_WORDS) == _TABLE_WORDS
+    assert table_words(_TABLE_WORDS + 1) == _TABLE_WORDS + 1
