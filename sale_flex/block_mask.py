@@ -144,7 +144,7 @@ def build_block_mask(
     )
     mask_mod = visible(bounds)
     if lookup:
-        mask_mod = and_masks(kept_block(*ops.kept_table(kept, block_q, block_k)), mask_mod)
+        mask_mod = and_masks(kept_block(kept, block_q, block_k), mask_mod)
     mask = BlockMask.from_kv_blocks(
         partial_num,
         partial_idx,

@@ -25,7 +25,7 @@ def query_bounds(query: Tensor, key: Tensor, kv_range: Tensor | None, q_offset: 
     batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
     bounds = torch.empty(batch, 3, dtype=torch.int32, device=query.device)
     if q_offset is None:
-        bounds[:, 0] = offset
+        bounds[:, 0].fill_(offset)
     else:
         bounds[:, 0] = q_offset
         _check(
@@ -35,8 +35,8 @@ def query_bounds(query: Tensor, key: Tensor, kv_range: Tensor | None, q_offset: 
             q_offset,
         )
     if kv_range is None:
-        bounds[:, 1] = 0
-        bounds[:, 2] = kv_len
+        bounds[:, 1].fill_(0)
+        bounds[:, 2].fill_(kv_len)
     else:
         bounds[:, 1:] = kv_range
         start, end = kv_range.unbind(1)

@@ -11,36 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sale_flex import ops
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``mask_mod(b, h, q_idx, kv_idx)`` -> bool, as flex_attention takes it."""
 
 _TABLE_WORDS = 2**20
 """Length of the table of a call that needs no more: 4 MiB, enough for 32 heads of 60,000 tokens in 64x64 blocks."""
-
-
-def table_words(needed: int) -> int:
-    """Length of the table that holds `needed` words."""
-    return _TABLE_WORDS if needed <= _TABLE_WORDS else needed
-
-
-def kept_table(kept: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
-    """Kept bits as a flat table, and how to find a block in it.
-
-    Args:
-        kept: int32 ``[B, Hq, nq, ceil(nk / 32)]`` from `sale_flex.ops.build_lists`.
-        block_q: Query rows a block, a power of two.
-        block_k: Keys a block, a power of two.
-
-    Returns:
-        int32 ``[table_words]``, and int32 ``[5]``: strides of batch row, head and query block, log2 of `block_q` and of
-        `block_k`.
-    """
-    table = kept.new_zeros(table_words(kept.numel()))
-    table[: kept.numel()] = kept.flatten()
-    layout = torch.empty(5, dtype=torch.int32, device=kept.device)
-    for place, number in enumerate((*kept.stride()[:3], block_q.bit_length() - 1, block_k.bit_length() - 1)):
-        layout[place] = number
-    return table, layout
 
 
 def visible(bounds: Tensor) -> MaskMod:
@@ -54,10 +31,18 @@ def visible(bounds: Tensor) -> MaskMod:
     return is_visible
 
 
-def kept_block(table: Tensor, layout: Tensor) -> MaskMod:
-    """The mask_mod of the selection: whether the element's block was kept, looked up in `kept_table`'s table."""
+def kept_block(kept: Tensor, block_q: int, block_k: int) -> MaskMod:
+    """The mask_mod of the selection: whether the element's block is kept.
+
+    Args:
+        kept: int32 ``[B, Hq, nq, ceil(nk / 32)]`` from `sale_flex.ops.build_lists`.
+        block_q: Query rows a block, a power of two.
+        block_k: Keys a block, a power of two.
+    """
+    words = _TABLE_WORDS if kept.numel() <= _TABLE_WORDS else kept.numel()
+    table, layout = ops.kept_table(kept, block_q, block_k, words)
     _mark_static(layout)
-    if table.shape[0] == _TABLE_WORDS:
+    if words == _TABLE_WORDS:
         _mark_static(table)
 
     def is_in_kept_block(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

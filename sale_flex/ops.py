@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from sale_flex.bounds import query_bounds as _query_bounds
-from sale_flex.mask_mods import kept_table as _kept_table
-from sale_flex.mask_mods import table_words
 
 _LIBRARY = torch.library.Library("sale_flex", "DEF")
 
@@ -149,7 +147,7 @@ build_lists = _define(
     "compact",
 )
 kept_table = _define(
-    "kept_table(Tensor kept, int block_q, int block_k) -> (Tensor, Tensor)",
-    lambda kept, *_: (kept.new_empty(table_words(kept.numel())), kept.new_empty(5)),
-    _kept_table,
+    "kept_table(Tensor kept, int block_q, int block_k, SymInt table_words) -> (Tensor, Tensor)",
+    lambda kept, _block_q, _block_k, table_words: (kept.new_empty(table_words), kept.new_empty(5)),
+    "lookup",
 )

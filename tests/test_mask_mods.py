@@ -6,8 +6,10 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from sale_flex import SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex.fallback import lookup as fallback
 from sale_flex.fallback.bits import unpack_bits
-from sale_flex.mask_mods import _TABLE_WORDS, kept_block, kept_table, table_words
+from sale_flex.kernels import lookup
+from sale_flex.mask_mods import kept_block
 from sale_flex.testing import Shape, structured_inputs
 
 CONFIG = SaleConfig(threshold=0.3, min_length=64, local_tokens=64, smooth_tokens=128)
@@ -30,15 +32,20 @@ def test_one_compiled_flex_attention_takes_masks_of_any_length(dynamic):
 def test_the_lookup_finds_every_block(block_q, block_k):
     generator = torch.Generator().manual_seed(0)
     kept = torch.randint(-(2**31), 2**31, (2, 3, 5, 2), generator=generator).to(torch.int32)
-    lookup = kept_block(*kept_table(kept, block_q, block_k))
+    in_kept_block = kept_block(kept, block_q, block_k)
     expected = unpack_bits(kept, 64)
     for where in expected.long().add(1).nonzero()[::7]:
         b, h, i, j = where
         # Any row and key of the block will do.
-        found = lookup(b, h, i * block_q + block_q - 1, j * block_k + block_k // 2)
+        found = in_kept_block(b, h, i * block_q + block_q - 1, j * block_k + block_k // 2)
         assert found == expected[b, h, i, j], where
 
 
-def test_short_calls_share_a_table_length():
-    assert table_words(1) == table_words(_TABLE_WORDS) == _TABLE_WORDS
-    assert table_words(_TABLE_WORDS + 1) == _TABLE_WORDS + 1
+def test_the_kernel_makes_the_same_table():
+    kept = torch.arange(2 * 3 * 5 * 2, dtype=torch.int32).view(2, 3, 5, 2)
+    expected = fallback.kept_table(kept, 64, 32, 5000)
+    for got, wanted in zip(lookup.kept_table(kept, 64, 32, 5000), expected, strict=True):
+        assert got.equal(wanted)
+    assert expected[0][:60].equal(kept.flatten())
+    assert not expected[0][60:].any()
+    assert expected[1].tolist() == [30, 10, 2, 6, 5]

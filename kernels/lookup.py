@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Kept bits as the flat table that a mask_mod looks blocks up in.
+
+Entry point: `kept_table`. A copy, and five numbers that say how to index it: one launch instead of one per number.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _kept_table_kernel(
+    kept_ptr, table_ptr, layout_ptr, words, table_words, stride_b, stride_h, stride_q,
+    LOG_Q: tl.constexpr, LOG_K: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Copy CHUNK words, zeros past the last one; the first program also writes the layout."""
+    at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    tl.store(table_ptr + at, tl.load(kept_ptr + at, mask=at < words, other=0), mask=at < table_words)
+    if tl.program_id(0) == 0:
+        tl.store(layout_ptr, stride_b)
+        tl.store(layout_ptr + 1, stride_h)
+        tl.store(layout_ptr + 2, stride_q)
+        tl.store(layout_ptr + 3, LOG_Q)
+        tl.store(layout_ptr + 4, LOG_K)
+
+
+def kept_table(kept: Tensor, block_q: int, block_k: int, table_words: int) -> tuple[Tensor, Tensor]:
+    """Kept bits as a flat table, and how to find a block in it.
+
+    Args:
+        kept: int32 ``[B, Hq, nq, ceil(nk / 32)]`` from `build_lists`, fewer than 2**31 words.
+        block_q: Query rows a block, a power of two.
+        block_k: Keys a block, a power of two.
+        table_words: Length of the table, at least the words of `kept`.
+
+    Returns:
+        int32 ``[table_words]``, and int32 ``[5]``: strides of batch row, head and query block, log2 of `block_q` and of
+        `block_k`.
+    """
+    table = kept.new_empty(table_words)
+    layout = kept.new_empty(5)
+    chunk = 4096
+    _kept_table_kernel[(triton.cdiv(table_words, chunk),)](
+        kept, table, layout, kept.numel(), table_words, *kept.stride()[:3],
+        LOG_Q=block_q.bit_length() - 1, LOG_K=block_k.bit_length() - 1, CHUNK=chunk, num_warps=4,
+    )  # fmt: skip
+    return table, layout
