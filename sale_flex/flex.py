@@ -48,7 +48,6 @@ def flex_kernel_options(query: Tensor, block_size: tuple[int, int]) -> dict[str,
     return options | ({"USE_TMA": True} if capability >= (9, 0) else {})
 
 
-@cache
 def _tile_options(head_dim: int, element_size: int, block_size: tuple[int, int], shared_kib: int) -> dict[str, Any]:
     block_m, block_n, warps, stages = _TILES[block_size]
     row = (1 << (head_dim - 1).bit_length()) * element_size

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How far a correct kernel may be from exact arithmetic, derived and never tuned.
+
+Two rules, for two purposes:
+
+* `attention_error_bound` is a proof: no correct kernel that accumulates in float32 can be further off, whatever its
+  tiles and its order of sums, so a test that uses it is never flaky. Worst cases add up in it, so it is several times
+  what kernels really do.
+* `low_precision_budget` is the rule of the FlashAttention tests: twice the error that a plain eager run in the same
+  dtype makes, and a rounding band. It is tighter, and statistical: use it on tensors of some size.
+
+Notation: u is the unit roundoff (half of ``torch.finfo(dtype).eps``), and a sum or dot product of n terms in any order
+is off by at most ``gamma(n) * sum(|terms|)``, ``gamma(n) = n u / (1 - n u)`` (Higham, Accuracy and Stability of
+Numerical Algorithms, section 3.1).
+"""
+
+import torch
+from torch import Tensor
+
+from sale_flex.testing.oracles import ScoreMod, dense_attention
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of rounding to `dtype`."""
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(terms: int, dtype: torch.dtype = torch.float32) -> float:
+    """Largest relative error that a chain of `terms` roundings to `dtype` makes."""
+    error = terms * unit_roundoff(dtype)
+    return error / (1 - error)
+
+
+def logit_error_bound(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+    """Largest error of a logit ``scale * q . k`` that is accumulated in float32, float64 ``[B, Hq, Sq, Skv]``.
+
+    D products and their sum are D roundings; the scale, and a factor log2(e) for exp2, two more.
+    """
+    dim = query.shape[3]
+    key = key.double().abs().repeat_interleave(query.shape[1] // key.shape[1], 1)
+    size = query.double().abs() @ key.transpose(-1, -2) * (dim**-0.5 if scale is None else scale)
+    return size * gamma(dim + 2)
+
+
+def attention_error_bound(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, scale: float | None = None
+) -> Tensor:
+    """Largest error of attention in the inputs' dtype with float32 accumulation, float64 ``[B, Hq, Sq, D]``.
+
+    With weights p and values v, exact output ``o = sum p v``, and ``A = sum p |v|`` (an upper bound of o in magnitude):
+
+    * An error e in every logit multiplies numerator and denominator by at most exp(e) each: ``expm1(2 e) A``. e is
+      `logit_error_bound`, and 16 u of the largest logit for the running maximum: subtracting it from logits, and
+      subtracting maxima from each other, tile after tile, in sums that telescope.
+    * Two sums over n keys, exp itself, and a rescaling of both per tile of at least 16 keys: ``gamma(3 n + 32) A``.
+    * In 16 bits the weights are rounded before they meet the values, and the output once more: ``2 u A`` with the u of
+      that dtype; a weight below the smallest number of the dtype may vanish: ``sum |v|`` times that number.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, finite.
+        key: ``[B, Hkv, Skv, D]``, finite.
+        value: ``[B, Hkv, Skv, D]``, finite.
+        mask: bool, broadcastable to ``[B, Hq, Sq, Skv]``.
+        scale: Softmax scale; by default ``D ** -0.5``.
+    """
+    logits = logit_error_bound(query, key, scale)
+    seen = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask.expand_as(logits)
+    largest = logits.masked_fill(~seen, 0.0).amax(-1, keepdim=True)
+    # Every logit is at most its own error bound divided by gamma(D + 2).
+    error = largest * (1 + gamma(16) / gamma(query.shape[3] + 2))
+    mass = dense_attention(query, key, value.abs(), mask, scale=scale)
+    relative = torch.expm1(2 * error) + gamma(3 * key.shape[2] + 32)
+    dtype = query.dtype
+    if dtype == torch.float32:
+        return mass * relative
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    total = seen.double() @ value.double().abs().repeat_interleave(query.shape[1] // value.shape[1], 1)
+    return mass * (relative + 2 * unit_roundoff(dtype)) + smallest * total
+
+
+def rounding_band(exact: Tensor, dtype: torch.dtype) -> float:
+    """Twice the largest change that adding and subtracting 0.3 makes in `dtype`: some roundings of typical outputs."""
+    rounded = exact.to(dtype)
+    return 2 * float((rounded + 0.3 - 0.3 - rounded).abs().max())
+
+
+def low_precision_budget(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    score_mod: ScoreMod | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, float]:
+    """The exact output, float64 ``[B, Hq, Sq, D]``, and the largest error a kernel may show anywhere.
+
+    The budget is twice the largest error of the same dense computation, run eagerly in the inputs' dtype, plus
+    `rounding_band`: the rule of the FlashAttention tests. The eager run knows nothing of the kernel under test.
+    """
+    exact = dense_attention(query, key, value, mask, score_mod=score_mod, scale=scale)
+    eager = dense_attention(query, key, value, mask, score_mod=score_mod, scale=scale, dtype=query.dtype)
+    return exact, 2 * float((eager.double() - exact).abs().max()) + rounding_band(exact, query.dtype)
+
+
+def assert_attention_close(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, scale: float | None = None
+) -> None:
+    """Assert that a kernel's output is attention over the mask, up to `attention_error_bound`.
+
+    Args:
+        output: ``[B, Hq, Sq, D]`` from the kernel under test.
+        query: ``[B, Hq, Sq, D]``.
+        key: ``[B, Hkv, Skv, D]``.
+        value: ``[B, Hkv, Skv, D]``.
+        mask: bool, broadcastable to ``[B, Hq, Sq, Skv]``; None shows everything.
+        scale: Softmax scale; by default ``D ** -0.5``.
+
+    Raises:
+        AssertionError: Shape or dtype differ from the query's, or an element is further off than the bound.
+    """
+    assert output.shape == query.shape, f"shape {list(output.shape)} instead of {list(query.shape)}"
+    assert output.dtype == query.dtype, f"{output.dtype} instead of {query.dtype}"
+    exact = dense_attention(query, key, value, mask, scale=scale)
+    bound = attention_error_bound(query, key, value, mask, scale=scale)
+    error = (output.double() - exact).abs()
+    wrong = ~(error <= bound)  # negated: NaN is wrong
+    if bool(wrong.any()):
+        at = wrong.nonzero()[0].tolist()
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} elements are off by more than rounding explains, for instance at "
+            f"(batch, head, query, channel) {at}: got {float(output[tuple(at)]):.6g}, exact "
+            f"{float(exact[tuple(at)]):.6g}, allowed error {float(bound[tuple(at)]):.2g}"
+        )
+
+
+def code_error_bound(bits: int) -> float:
+    """How far ``code * scale`` may be from the number it stands for, in scales: a half, and three roundings.
+
+    Rounded are the scale, its inverse and the product with it, each times a code of at most ``2 ** (bits - 1) - 1``.
+    """
+    return 0.5 + (2 ** (bits - 1) - 1) * gamma(3)
+
+
+def estimate_error_bound(
+    query: Tensor, query_scale: Tensor, key: Tensor, key_scale: Tensor, scale: float, bits: int
+) -> Tensor:
+    """Largest distance between a logit estimated from codes and the exact one, float64 ``[B, Hq, Sq, Skv]``.
+
+    With ``q = q' + a`` and ``k = k' + b``, ``q . k - q' . k' = q . b + a . k - a . b``, and every channel of a and b is
+    at most half a scale: ``scale * (s_k |q| / 2 + s_q |k| / 2 + D s_q s_k / 4)`` with sums of magnitudes.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``.
+        query_scale: ``[B, Hq, Sq]``.
+        key: ``[B, Hkv, Skv, D]``, smoothed if the codes are of smoothed keys.
+        key_scale: ``[B, Hkv, Skv]``, the scale of every key.
+        scale: Softmax scale.
+        bits: Width of the codes.
+    """
+    group = query.shape[1] // key.shape[1]
+    half = code_error_bound(bits)
+    q_error = query_scale.double()[..., None] * half  # [B, Hq, Sq, 1]
+    k_error = key_scale.double().repeat_interleave(group, 1)[:, :, None] * half  # [B, Hq, 1, Skv]
+    q_size = query.double().abs().sum(-1, keepdim=True)
+    k_size = key.double().abs().sum(-1).repeat_interleave(group, 1)[:, :, None]
+    return scale * (q_size * k_error + q_error * k_size + query.shape[3] * q_error * k_error)
