@@ -88,7 +88,7 @@ def quantize_rows(x: Tensor, bits: int, packed: bool = False) -> tuple[Tensor, T
     padded = triton.cdiv(rows, CODE_ROWS) * CODE_ROWS
     codes = _empty_codes(x, padded, packed)
     scale = x.new_empty(batch, heads, rows, dtype=torch.float32)
-    block_s = 16
+    block_s = 32
     _quantize_rows_kernel[(padded // block_s, batch * heads)](
         x, *x.stride(), codes, scale, heads, rows, padded,
         D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=block_s, TOP=2 ** (bits - 1) - 1, PACKED=packed,

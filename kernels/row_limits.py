@@ -120,12 +120,13 @@ def row_limits(
     padded = triton.cdiv(q_len, CODE_ROWS) * CODE_ROWS
     limit = query.new_empty(batch, heads, padded, dtype=torch.float32)
     block_d = triton.next_power_of_2(dim)
-    # Tiles of at most 16 KiB of queries and 8 KiB of keys fit every supported GPU's shared memory, three stages deep.
+    # Tiles of at most 16 KiB of queries and 8 KiB of keys fit every supported GPU's shared memory. The loops are short: a
+    # pipeline would cost more than it hides.
     block_m = max(16, min(64, 16384 // (block_d * query.element_size())))
     _row_limits_kernel[(padded // block_m, batch * heads)](
         query, *query.stride(), key, *key.stride(), mean, query_scale, bounds, threshold, limit,
         scale, q_len, padded, sink_tokens, local_tokens,
         HEADS=heads, KV_HEADS=key.shape[1], D=dim, BLOCK_D=block_d,
-        BLOCK_M=block_m, BLOCK_N=max(16, block_m // 2), num_warps=4, num_stages=3,
+        BLOCK_M=block_m, BLOCK_N=max(16, block_m // 2), num_warps=4, num_stages=1,
     )  # fmt: skip
     return limit

@@ -129,7 +129,7 @@ def tile_options(head_dim: int, block_k: int) -> dict[str, int]:
         "BLOCK_M": 128,
         "BLOCK_N": max(block_k, 64),
         "num_warps": 8 if wide else 4,
-        "num_stages": 2 if wide else 4,
+        "num_stages": 2 if wide else 3,
     }
 
 
