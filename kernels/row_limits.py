@@ -120,8 +120,8 @@ def row_limits(
     padded = triton.cdiv(q_len, CODE_ROWS) * CODE_ROWS
     limit = query.new_empty(batch, heads, padded, dtype=torch.float32)
     block_d = triton.next_power_of_2(dim)
-    # Tiles of at most 16 KiB of queries and 8 KiB of keys fit every supported GPU's shared memory. The loops are short: a
-    # pipeline would cost more than it hides.
+    # Tiles of at most 16 KiB of queries and 8 KiB of keys fit every supported GPU's shared memory. The loops are short:
+    # a pipeline would cost more than it hides.
     block_m = max(16, min(64, 16384 // (block_d * query.element_size())))
     _row_limits_kernel[(padded // block_m, batch * heads)](
         query, *query.stride(), key, *key.stride(), mean, query_scale, bounds, threshold, limit,
