@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Under torch.compile, and through the programs we compile: no break, few compilations, never silently dense."""
+
+from dataclasses import replace
+from functools import cache, partial
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention
+
+from sale_flex import SaleConfig, create_sale_block_mask, flex, sale_attention
+from sale_flex.testing import (
+    Inputs,
+    Shape,
+    assert_attention_close,
+    block_map,
+    causal_mask,
+    expand_blocks,
+    structured_inputs,
+)
+
+CONFIG = SaleConfig(threshold=0.3, min_length=64, local_tokens=24, smooth_tokens=64)
+
+
+compile_cheaply = partial(torch.compile, backend="eager")
+"""Tracing and guards are the real ones, and what they end in is not a C++ compiler."""
+
+
+@pytest.fixture(autouse=True)
+def no_program_compiled_before(monkeypatch):
+    """Neither use the programs of other tests nor leave them what these compile."""
+    monkeypatch.setattr(flex, "_program", cache(flex._program.__wrapped__))
+
+
+def seen_of(shape: Shape, inputs: Inputs, config: SaleConfig = CONFIG) -> torch.Tensor:
+    """What a query may attend to: visible, and in a kept block."""
+    mask = create_sale_block_mask(inputs.query, inputs.key, config, **shape.positions())
+    return expand_blocks(block_map(mask).kept, config.block_size, shape.q_len, shape.kv_len) & causal_mask(shape)
+
+
+LENGTHS = [*range(300, 700, 40), 257, 333, 512, 640, 701, 768, 645, 1000, 900, 811]
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_a_compiled_caller_has_one_graph_and_compiles_at_most_twice_over_twenty_lengths(backend):
+    assert len(set(LENGTHS)) == 20
+    counter = CompileCounterWithBackend(backend)
+
+    # As in a model, a product follows: torch's CPU template of flex_attention takes no pointwise operation after it.
+    project = torch.eye(32)
+
+    def model(query, key, value):
+        return sale_attention(query * 1.0, key, value, CONFIG) @ project
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for length in LENGTHS:
+        shape = Shape(length, length, heads=4, kv_heads=2, head_dim=32)
+        inputs = structured_inputs(shape, length)
+        output = compiled(*inputs)
+        if length in LENGTHS[:3] or length == 811:
+            seen = seen_of(shape, inputs)
+            assert not torch.equal(seen, causal_mask(shape).expand_as(seen))
+            assert_attention_close(output, *inputs, seen)
+    assert counter.frame_count <= 2
+
+
+def test_chunks_padding_and_stats_trace_without_a_break():
+    def model(query, key, value, offset, ranges):
+        return sale_attention(query, key, value, CONFIG, q_offset=offset, kv_range=ranges, stats=True)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for q_len, kv_len, offset in ((130, 400, 200), (200, 500, 300), (333, 444, 100), (150, 600, 0)):
+        shape = Shape(q_len, kv_len, 2, 4, 2, 32, q_offset=offset, kv_range=((0, kv_len), (70, kv_len - 9)))
+        inputs = structured_inputs(shape, kv_len)
+        ranges = shape.positions()["kv_range"]
+        output, stats = compiled(*inputs, torch.tensor(offset), ranges)
+        expected = sale_attention(*inputs, CONFIG, stats=True, **shape.positions()).stats
+        assert stats.path == expected.path == "torch scan + flex"
+        assert torch.equal(stats.kept_blocks, expected.kept_blocks)
+        assert torch.equal(stats.visible_blocks, expected.visible_blocks)
+        assert_attention_close(output, *inputs, seen_of(shape, inputs))
+    assert counter.frame_count <= 2
+
+
+def test_a_short_prompt_traces_to_dense_attention():
+    compiled = torch.compile(lambda *x: sale_attention(*x, CONFIG, stats=True), fullgraph=True, backend="aot_eager")
+    shape = Shape(60, 60, heads=4, kv_heads=2, head_dim=32)
+    inputs = structured_inputs(shape, 0)
+    output, stats = compiled(*inputs)
+    assert stats.path == "dense sdpa: no more keys than min_length"
+    assert_attention_close(output, *inputs, causal_mask(shape))
+
+
+def test_a_block_mask_made_in_a_compiled_function_serves_outside():
+    shape = Shape(300, 300, heads=4, kv_heads=2, head_dim=32)
+    inputs = structured_inputs(shape, 0)
+
+    def model(query, key, value):
+        mask = create_sale_block_mask(query, key, CONFIG)
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+
+    output = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
+    assert_attention_close(output, *inputs, seen_of(shape, inputs))
+
+
+def test_bad_input_raises_while_tracing_too():
+    compiled = torch.compile(lambda q, k, v: sale_attention(q, k, v, CONFIG), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="head_dim"):
+        compiled(*(torch.zeros(1, 1, 100, 33) for _ in range(3)))
+
+
+def forty_variants() -> list[tuple[torch.dtype, int, tuple[int, int], int]]:
+    sizes = ((64, 64), (64, 32), (128, 64), (128, 128))
+    variants = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dim in (32, 64, 80, 96):
+            variants += [(dtype, dim, size, 1 + len(variants) % 3) for size in sizes]
+    return variants[:40]
+
+
+def test_forty_programs_in_one_process_hit_no_recompile_limit(monkeypatch):
+    # torch counts compilations by code object, and stops after 8. What is compiled is replaced by what is cheap to
+    # compile; that each variant is traced anew, and none runs uncompiled, is what matters here.
+    traced: list[bool] = []
+
+    def cheap(query, key, value, *, block_mask, scale, enable_gqa, kernel_options):
+        traced.append(torch.compiler.is_compiling())
+        return query * (block_mask.kv_num_blocks.sum() + block_mask.full_kv_num_blocks.sum())
+
+    monkeypatch.setattr(flex, "flex_attention", cheap)
+    monkeypatch.setattr(torch, "compile", compile_cheaply)
+    for dtype, dim, size, heads in forty_variants():
+        shape = Shape(300, 300, heads=heads, head_dim=dim, dtype=dtype)
+        config = replace(CONFIG, block_size=size)
+        inputs = structured_inputs(shape, 0)
+        output = sale_attention(*inputs, config)
+        kept = block_map(create_sale_block_mask(*inputs[:2], config)).kept.sum()
+        assert torch.equal(output, inputs.query * kept)
+    assert traced == [True] * 40
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "transposed":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "slice of a cache":
+        return torch.cat([x, x], 2)[:, :, : x.shape[2]]
+    return x
+
+
+def test_lengths_and_layouts_of_one_model_hit_no_recompile_limit(monkeypatch):
+    # The compiler specialises on lengths of one block, on equal lengths, and on strides. All combinations through one
+    # program would be more than its 8 compilations.
+    monkeypatch.setattr(torch, "compile", compile_cheaply)
+    config = replace(CONFIG, min_length=0)
+    lengths = ((300, 300), (128, 300), (100, 130), (64, 64), (40, 64), (40, 40), (65, 65), (64, 2300), (50, 400))
+    for of_query, of_key in (("plain", "plain"), ("transposed", "transposed"), ("plain", "slice of a cache")):
+        for q_len, kv_len in lengths:
+            inputs = structured_inputs(Shape(q_len, kv_len, batch=2, heads=4, kv_heads=2, head_dim=32), 0)
+            views = Inputs(laid_out(inputs.query, of_query), *(laid_out(x, of_key) for x in inputs[1:]))
+            assert sale_attention(*views, config).shape == inputs.query.shape
+
+
+def test_switched_off_compilation_is_refused_and_not_run_densely():
+    inputs = structured_inputs(Shape(300, 300, head_dim=32), 0)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match=r"torch\.compile"):
+        sale_attention(*inputs, CONFIG)

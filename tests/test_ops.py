@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The custom ops keep the promises that torch.compile relies on: schema, fake, no aliasing, dynamic shapes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sale_flex import SaleConfig, ops
+from sale_flex.testing import Shape, structured_inputs
+
+OPS = [
+    "build_lists",
+    "kept_table",
+    "key_mean",
+    "nonfinite_blocks",
+    "quantize_groups",
+    "quantize_rows",
+    "query_bounds",
+    "row_limits",
+    "scan_max",
+]
+
+SHAPES = {
+    "plain": Shape(200, 200, heads=6, kv_heads=2, head_dim=32),
+    "chunk": Shape(70, 300, batch=2, heads=5, kv_heads=1, head_dim=80, dtype=torch.bfloat16, q_offset=130),
+    "padded": Shape(130, 130, batch=2, heads=2, kv_heads=2, head_dim=64, kv_range=((3, 130), (64, 99))),
+    "one row": Shape(1, 1, head_dim=32, dtype=torch.float16),
+}
+
+
+def arguments(shape: Shape, transposed: bool) -> dict[str, tuple]:
+    """What every op is called with in one call of the relative rule."""
+    inputs = structured_inputs(shape, 0)
+    if transposed:
+        inputs = type(inputs)(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs))
+    query, key, value = inputs
+    config = SaleConfig()
+    block_q, block_k = config.block_size
+    where = shape.positions()
+    offset = None if where["q_offset"] is None else torch.tensor(where["q_offset"])
+    calls: dict[str, tuple] = {}
+
+    def call(name, *args):
+        calls[name] = args
+        return getattr(ops, name)(*args)
+
+    bounds = call("query_bounds", query, key, where["kv_range"], offset, shape.offset)
+    mean = call("key_mean", key, bounds, 100)
+    query_codes, query_scale = call("quantize_rows", query, 4)
+    key_codes, key_scale = call("quantize_groups", key, mean, bounds, block_k, 4)
+    tau = torch.full((shape.heads,), 0.05)
+    limit = call("row_limits", query, key, mean, query_scale, bounds, tau, 0.125, 32, 64)
+    lengths = shape.q_len, shape.kv_len, block_q, block_k
+    hits = call("scan_max", query_codes, limit, key_codes, key_scale, bounds, *lengths, 64, shape.kv_range is None)
+    nonfinite = call("nonfinite_blocks", value, bounds, block_k)
+    kept, *_ = call("build_lists", hits, nonfinite, bounds, shape.kv_heads, *lengths, 32, 64, 0)
+    call("kept_table", kept, block_q, block_k, kept.numel() + 7)
+    return calls
+
+
+def test_the_list_of_ops_is_complete():
+    defined = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "sale_flex::" in name
+    }
+    assert sorted(defined) == OPS
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_opcheck(name, shape, transposed):
+    args = arguments(shape, transposed)[name]
+    result = torch.library.opcheck(getattr(ops, name), args)
+    assert set(result.values()) == {"SUCCESS"}
+    assert len(result) == 4
+
+
+@pytest.mark.parametrize("name", ["quantize_rows", "quantize_groups"])
+def test_opcheck_of_the_packed_form(name):
+    args = (*arguments(SHAPES["padded"], False)[name], True)
+    assert set(torch.library.opcheck(getattr(ops, name), args).values()) == {"SUCCESS"}
+
+
+def test_opcheck_without_values():
+    hits, _, *rest = arguments(SHAPES["plain"], False)["build_lists"]
+    assert set(torch.library.opcheck(ops.build_lists, (hits, None, *rest)).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_results_are_fresh_and_inputs_untouched(name):
+    args = arguments(replace(SHAPES["padded"], q_offset=0), False)[name]
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    before = [x.clone() for x in tensors]
+    results = getattr(ops, name)(*args)
+    results = [results] if isinstance(results, torch.Tensor) else results
+    for tensor, copy in zip(tensors, before):
+        assert torch.equal(tensor, copy)
+    storages = [x.untyped_storage().data_ptr() for x in (*tensors, *results)]
+    assert len(set(storages)) == len({id(x) for x in tensors}) + len(results)

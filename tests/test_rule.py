@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The stages of the relative rule and the lists, torch path and interpreted kernels, against plain definitions."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sale_flex import reference
+from sale_flex.fallback import compact, quantize, row_limits, scan
+from sale_flex.fallback.bits import pack_bits, unpack_bits
+from sale_flex.geometry import Grid, always_blocks, full_blocks, visible_blocks
+from sale_flex.testing import (
+    any_in_block,
+    causal_mask,
+    decode_list,
+    gamma,
+    logit_error_bound,
+    plant_needle,
+    random_inputs,
+    structured_inputs,
+    unit_roundoff,
+)
+from sale_flex.testing.strategies import HEAD_DIMS, block_maps, configs, seeds, shapes
+
+# The interpreter computes with numpy, which warns where IEEE arithmetic is meant: ln 0, inf - inf, casts of NaN.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
+
+SMALL = shapes(max_tokens=260, min_tokens=70, head_dims=HEAD_DIMS, kv_heads=(1, 2), groups=(1, 2, 3), batch=1)
+
+
+def kernel(module: str):
+    pytest.importorskip("triton", reason="the kernels need triton")
+    from importlib import import_module
+
+    return import_module(f"sale_flex.kernels.{module}")
+
+
+def stages(shape, seed, config, inputs=structured_inputs) -> SimpleNamespace:
+    """What the rule's last two stages take, from the torch path."""
+    x = inputs(shape, seed)
+    bounds = reference.make_bounds(shape.batch, shape.q_len, shape.kv_len, **shape.positions())
+    threshold = torch.as_tensor(config.threshold, dtype=torch.float32).expand(shape.heads).contiguous()
+    mean = reference.key_mean(x.key, bounds, config.smooth_tokens)
+    query_codes, query_scale = quantize.quantize_rows(x.query, config.bits)
+    key_codes, key_scale = quantize.quantize_groups(x.key, mean, bounds, config.block_size[1], config.bits)
+    return SimpleNamespace(**locals(), scale=shape.head_dim**-0.5)
+
+
+def check_limits(implementation, shape, seed, config):
+    """Assert that limits are within what float32 explains of the float64 reference."""
+    s = stages(shape, seed, config)
+    window = config.sink_tokens, config.local_tokens
+    got = implementation.row_limits(s.x.query, s.x.key, s.mean, s.query_scale, s.bounds, s.threshold, s.scale, *window)
+    assert got.shape == (*s.query_codes.shape[:3],)
+    assert (got[:, :, shape.q_len :] == torch.inf).all()
+    got = got[:, :, : shape.q_len].double() * s.query_scale.double() * s.scale
+    exact = reference.row_limits(
+        s.x.query, s.x.key, s.mean, s.bounds, s.threshold, s.scale, *window, dtype=torch.float64
+    )
+    special = ~exact.isfinite()  # padding rows, and all rows of a head with threshold 0
+    assert torch.equal(got[special], exact[special])
+
+    # Logits of smoothed keys, as q.k - q.mean or as q.(k - mean); the running maximum as in attention_error_bound.
+    of_keys = logit_error_bound(s.x.query, s.x.key).masked_fill(~causal_mask(shape), 0.0).amax(-1)
+    of_mean = logit_error_bound(s.x.query, s.mean[:, :, None])[..., 0]
+    logits = (of_keys + of_mean) * (1 + gamma(16) / gamma(shape.head_dim + 2))
+    # The sum of exponentials and its logarithm, and the change of units here and back.
+    bound = logits + gamma(sum(window) + 32) + 8 * unit_roundoff(torch.float32) * (1 + exact.abs())
+    assert ((got - exact).abs() <= bound)[~special].all()
+
+
+@given(shapes(max_tokens=700, dtypes=(torch.float32, torch.bfloat16, torch.float16)), seeds(), configs())
+def test_limits_of_the_torch_path(shape, seed, config):
+    check_limits(row_limits, shape, seed, config)
+
+
+# Not bfloat16: the interpreter keeps it as integers and multiplies those in a dot. test_gpu.py has it.
+@given(
+    shapes(
+        max_tokens=200,
+        dtypes=(torch.float32, torch.float16),
+        head_dims=HEAD_DIMS,
+        groups=(1, 3, 5),
+        kv_heads=(1, 2),
+        batch=1,
+    ),
+    seeds(),
+    configs(),
+)
+def test_limits_of_the_kernel(shape, seed, config):
+    check_limits(kernel("row_limits"), shape, seed, config)
+
+
+def hits_by_definition(s: SimpleNamespace, shape, limit: Tensor, block_size: tuple[int, int]) -> Tensor:
+    """Blocks in which a product of codes, times its key's scale, reaches its row's limit: bool ``[B, Hq, nq, nk]``."""
+    keys = s.key_codes[:, :, : shape.kv_len].repeat_interleave(shape.heads // shape.kv_heads, 1)
+    product = s.query_codes[:, :, : shape.q_len].float() @ keys.float().transpose(-1, -2)
+    at = (torch.arange(shape.kv_len) - s.bounds[:, 1:2]).clamp_min(0) // block_size[1]  # [B, Skv]
+    scale = s.key_scale.gather(2, at.long()[:, None].expand(-1, shape.kv_heads, -1))
+    scale = scale.repeat_interleave(shape.heads // shape.kv_heads, 1)
+    reached = ~(product * scale[:, :, None] < limit[:, :, : shape.q_len, None])
+    return any_in_block(reached & causal_mask(shape), block_size)
+
+
+def check_scan(implementation, shape, seed, config, special):
+    """Assert that every hit bit that is read is the one the definition gives. Integers and one product: exact."""
+    s = stages(shape, seed, config)
+    limit = row_limits.row_limits(
+        s.x.query, s.x.key, s.mean, s.query_scale, s.bounds, s.threshold, s.scale, config.sink_tokens, 1
+    )
+    row = seed % shape.q_len
+    padding = ~causal_mask(shape)[:, 0, row].any(-1)  # whose limit is +inf, always
+    limit[:, :, row] = torch.where(padding, torch.inf, special)[:, None]
+    # A promise that allows a shorter way, not one that must be made.
+    from_zero = bool((s.bounds[:, 1] == 0).all()) and seed % 3 > 0
+    lengths = shape.q_len, shape.kv_len
+    hits = implementation.scan_max(
+        s.query_codes, limit, s.key_codes, s.key_scale, s.bounds, *lengths, *config.block_size, 1, from_zero
+    )
+    grid = Grid(shape.q_len, shape.kv_len, *config.block_size)
+    # With one local key and no sink, all but the diagonal blocks are the scan's to decide.
+    asked = visible_blocks(s.bounds, grid) & ~always_blocks(s.bounds, grid, 0, 1, 0)
+    got = unpack_bits(hits, grid.key_blocks)
+    expected = hits_by_definition(s, shape, limit, config.block_size)
+    assert torch.equal(got & asked[:, None], expected & asked[:, None])
+
+
+SPECIAL_LIMITS = st.sampled_from([0.0, -torch.inf, torch.inf, torch.nan])
+
+
+@given(shapes(max_tokens=900), seeds(), configs(), SPECIAL_LIMITS)
+def test_scan_of_the_torch_path(shape, seed, config, special):
+    check_scan(scan, shape, seed, config, special)
+
+
+@given(SMALL, seeds(), configs(), SPECIAL_LIMITS)
+def test_scan_of_the_kernel(shape, seed, config, special):
+    check_scan(kernel("scan"), shape, seed, config, special)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_scan_is_exact_at_the_largest_codes(head_dim):
+    # 8-bit codes of +-127 in every channel: the largest product there is, and one less below and at the limit.
+    largest = 127 * 127 * head_dim
+    codes = torch.full((1, 1, 256, head_dim), 127, dtype=torch.int8)
+    scale = torch.ones(1, 1, 4)
+    bounds = torch.tensor([[0, 0, 256]], dtype=torch.int32)
+    for implementation in (scan, kernel("scan")):
+        for limit, hit in ((largest, True), (largest + 1, False)):
+            limits = torch.full((1, 1, 256), float(limit))
+            words = implementation.scan_max(codes, limits, codes, scale, bounds, 256, 256, 64, 64, 1, True)
+            assert unpack_bits(words, 4)[0, 0, 3, :3].tolist() == [hit] * 3
+
+
+def check_nonfinite(implementation, shape, seed, block_k, special):
+    value = random_inputs(shape, seed).value
+    value.view(-1)[seed % value.numel()] = special
+    bounds = reference.make_bounds(shape.batch, shape.q_len, shape.kv_len, **shape.positions())
+    at = torch.arange(shape.kv_len)
+    valid = (at >= bounds[:, 1:2]) & (at < bounds[:, 2:3])
+    bad = ~value.isfinite().all(-1) & valid[:, None]
+    expected = any_in_block(bad[:, :, None], (1, block_k))[:, :, 0]
+    assert torch.equal(implementation.nonfinite_blocks(value, bounds, block_k), pack_bits(expected))
+
+
+SPECIAL_VALUES = st.sampled_from([torch.nan, torch.inf, -torch.inf])
+
+
+@given(shapes(max_tokens=500), seeds(), st.sampled_from([32, 64, 128]), SPECIAL_VALUES)
+def test_nonfinite_blocks_of_the_torch_path(shape, seed, block_k, special):
+    check_nonfinite(compact, shape, seed, block_k, special)
+
+
+@given(SMALL, seeds(), st.sampled_from([32, 64, 128]), SPECIAL_VALUES)
+def test_nonfinite_blocks_of_the_kernel(shape, seed, block_k, special):
+    check_nonfinite(kernel("compact"), shape, seed, block_k, special)
+
+
+def check_lists(implementation, data, shape, config):
+    """Assert that lists are what the masks of geometry, the hits and the flags of values add up to."""
+    grid = Grid(shape.q_len, shape.kv_len, *config.block_size)
+    bounds = reference.make_bounds(shape.batch, shape.q_len, shape.kv_len, **shape.positions())
+    hits = data.draw(block_maps(shape.batch, shape.heads, grid.query_blocks, grid.key_blocks))
+    flags = data.draw(st.none() | block_maps(shape.batch, 1, shape.kv_heads, grid.key_blocks))
+    nonfinite = None if flags is None else pack_bits(flags[:, 0])
+    words, *lists = implementation.build_lists(
+        pack_bits(hits),
+        nonfinite,
+        bounds,
+        shape.kv_heads,
+        shape.q_len,
+        shape.kv_len,
+        *config.block_size,
+        config.sink_tokens,
+        config.local_tokens,
+        config.min_length,
+    )
+    kept = hits | always_blocks(bounds, grid, config.sink_tokens, config.local_tokens, config.min_length)[:, None]
+    if flags is not None:
+        kept |= flags[:, 0].repeat_interleave(shape.heads // shape.kv_heads, 1)[:, :, None]
+    kept &= visible_blocks(bounds, grid)[:, None]
+    full = full_blocks(bounds, grid)[:, None]
+    assert all(x.dtype == torch.int32 for x in (words, *lists))
+    assert torch.equal(words, pack_bits(kept))
+    assert torch.equal(decode_list(*lists[:2], grid.key_blocks), kept & ~full)
+    assert torch.equal(decode_list(*lists[2:], grid.key_blocks), kept & full)
+
+
+@given(st.data(), shapes(max_tokens=500), configs())
+def test_lists_of_the_torch_path(data, shape, config):
+    check_lists(compact, data, shape, config)
+
+
+@given(st.data(), SMALL, configs())
+def test_lists_of_the_kernel(data, shape, config):
+    check_lists(kernel("compact"), data, shape, config)
+
+
+def test_lists_of_the_kernel_beyond_one_chunk_of_blocks():
+    # 1100 blocks of keys: two chunks of the kernel's walk, and a last word of 12 bits.
+    q_len, kv_len = 64, 1100 * 32
+    grid = Grid(q_len, kv_len, 64, 32)
+    bounds = torch.tensor([[kv_len - q_len, 0, kv_len]], dtype=torch.int32)
+    hits = torch.rand(1, 1, 1, 1100, generator=torch.Generator().manual_seed(0)) < 0.5
+    arguments = (pack_bits(hits), None, bounds, 1, q_len, kv_len, 64, 32, 32, 64, 0)
+    words, *lists = kernel("compact").build_lists(*arguments)
+    expected_words, *expected = compact.build_lists(*arguments)
+    assert torch.equal(words, expected_words)
+    for num, indices, wanted in ((*lists[:2], expected[:2]), (*lists[2:], expected[2:])):
+        assert torch.equal(decode_list(num, indices, grid.key_blocks), decode_list(*wanted, grid.key_blocks))
+
+
+@given(st.integers(1, 100), seeds())
+def test_bits_round_trip(blocks, seed):
+    flags = torch.rand(2, 3, blocks, generator=torch.Generator().manual_seed(seed)) < 0.5
+    words = pack_bits(flags)
+    assert words.shape == (2, 3, -(-blocks // 32))
+    assert torch.equal(unpack_bits(words, blocks), flags)
+    block = seed % blocks
+    assert ((words[..., block // 32] >> (block % 32)) & 1).bool().equal(flags[..., block])
+
+
+def test_stages_see_planted_structure():
+    # Guards the tests above against becoming vacuous: the scan's hits are some blocks, not none and not all.
+    from sale_flex import SaleConfig
+    from sale_flex.testing import Shape
+
+    shape = Shape(512, 512, heads=2, kv_heads=1, head_dim=32)
+    s = stages(shape, 5, SaleConfig(threshold=0.05))
+    limit = row_limits.row_limits(s.x.query, s.x.key, s.mean, s.query_scale, s.bounds, s.threshold, s.scale, 32, 64)
+    hits = hits_by_definition(s, shape, limit, (64, 64))
+    assert 0.1 < hits.float().mean() * 2 < 0.9
+    needle = plant_needle(s.x, query=500, key=200, logit=40.0)
+    assert (needle.query != s.x.query).any()
