@@ -43,7 +43,8 @@ def flex_kernel_options(query: Tensor, block_size: tuple[int, int]) -> dict[str,
     if not query.is_cuda:
         return {}
     capability = torch.cuda.get_device_capability(query.device)
-    options = _tile_options(query.shape[3], query.element_size(), tuple(block_size), _SHARED_MEMORY.get(capability, 99))
+    shared = _SHARED_MEMORY.get(capability, 99)
+    options = _tile_options(query.shape[3], query.element_size(), (block_size[0], block_size[1]), shared)
     # The tensor memory accelerator: a tenth faster where lengths are dynamic, no slower elsewhere.
     return options | ({"USE_TMA": True} if capability >= (9, 0) else {})
 

@@ -38,6 +38,21 @@ def rows_of(expected: KeepMap, rows: slice, columns: slice) -> KeepMap:
     return KeepMap(*(x[:, :, rows, columns] for x in expected))
 
 
+def check_keys_of_chunk(key: torch.Tensor, of_chunk: torch.Tensor, config: SaleConfig, start: int) -> None:
+    """Assert that a chunk's keys have the codes and scales of the one shot, but for a group that the chunk cuts."""
+    group = config.block_size[1]
+    results = []
+    for x in (key, of_chunk):
+        bounds = reference.make_bounds(1, 1, x.shape[2], kv_range=torch.tensor([[start, x.shape[2]]]))
+        mean = ops.key_mean(x, bounds, config.smooth_tokens)
+        results.append((mean, *ops.quantize_groups(x, mean, bounds, group, config.bits)))
+    (mean, codes, scale), (chunk_mean, chunk_codes, chunk_scale) = results
+    assert torch.equal(chunk_mean, mean)
+    groups = (of_chunk.shape[2] - start) // group
+    assert torch.equal(chunk_codes[:, :, : start + groups * group], codes[:, :, : start + groups * group])
+    assert torch.equal(chunk_scale[..., :groups], scale[..., :groups])
+
+
 @given(WHOLE, seeds(), SELECTIVE, st.data())
 def test_chunks_choose_the_blocks_of_one_shot(shape, seed, config, data):
     block_q, block_k = config.block_size
@@ -57,6 +72,7 @@ def test_chunks_choose_the_blocks_of_one_shot(shape, seed, config, data):
             continue  # a decoding step is dense by definition
         chunk = Inputs(inputs.query[:, :, begin:stop], inputs.key[:, :, :stop], inputs.value[:, :, :stop])
         chosen = kept(chunk, config, kv_range=torch.tensor([[start, stop]]))
+        check_keys_of_chunk(inputs.key, chunk.key, config, start)
         rows = slice(begin // block_q, -(-stop // block_q))
         assert_same_blocks(chosen, rows_of(expected, rows, slice(0, -(-stop // block_k))))
         assert not expected.kept[:, :, rows, -(-stop // block_k) :].any()

@@ -69,7 +69,7 @@ def block_map(block_mask: BlockMask) -> BlockMap:
     rows, blocks = -(-q_len // block_q), -(-kv_len // block_k)
     partial = decode_list(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
     full = torch.zeros_like(partial)
-    if block_mask.full_kv_num_blocks is not None:
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         full = decode_list(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
     assert partial.shape[2] == rows, f"{partial.shape[2]} rows of blocks for {q_len} queries"
     assert not bool((partial & full).any()), "a block is both partial and full"

@@ -136,6 +136,7 @@ def configs(
 @st.composite
 def calls(
     draw: st.DrawFn,
+    /,
     *,
     block_sizes: Sequence[tuple[int, int]] = BLOCK_SIZES,
     max_min_length: int = 128,
@@ -144,8 +145,8 @@ def calls(
 ) -> tuple[Shape, SaleConfig]:
     """A shape, with the options of `shapes`, and a config that suits it, at times with a threshold per head."""
     shape = draw(shapes(**options))
-    limits = {"block_sizes": block_sizes, "max_min_length": max_min_length, "max_window": max_window}
-    return shape, draw(configs(heads=shape.heads, **limits))
+    config = configs(heads=shape.heads, block_sizes=block_sizes, max_min_length=max_min_length, max_window=max_window)
+    return shape, draw(config)
 
 
 @st.composite
