@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((argument for argument in argv if not argument.startswith("-")), None)
     try:
         args = _parser(command).parse_args(argv)
-        return int(importlib.import_module(_COMMANDS[args.command][0]).main(args))
+        status = int(importlib.import_module(_COMMANDS[args.command][0]).main(args))
+        sys.stdout.flush()  # here, where a closed pipe is handled, and not when Python exits
+        return status
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:

@@ -262,6 +262,20 @@ def test_lists_of_the_kernel(data, shape, config):
     check_lists(kernel("compact"), data, shape, config)
 
 
+@pytest.mark.parametrize("group", [1, 3, 5])
+def test_a_nonfinite_value_keeps_its_blocks_for_the_query_heads_that_share_it(group):
+    # 20 query blocks of a chunk, 30 key blocks, and a value in block 3 of the second of two KV heads.
+    lengths = 20 * 64, 30 * 64
+    bounds = torch.tensor([[10 * 64, 0, 30 * 64]], dtype=torch.int32)
+    flags = torch.zeros(1, 2, 30, dtype=torch.bool)
+    flags[0, 1, 3] = True
+    hits = torch.zeros(1, 2 * group, 20, 1, dtype=torch.int32)
+    for implementation in (compact, kernel("compact")):
+        words, *_ = implementation.build_lists(hits, pack_bits(flags), bounds, 2, *lengths, 64, 64, 0, 1, 0)
+        kept = unpack_bits(words, 30)[0, :, :, 3].all(-1)
+        assert kept.tolist() == [False] * group + [True] * group
+
+
 def test_lists_of_the_kernel_beyond_one_chunk_of_blocks():
     # 1100 blocks of keys: two chunks of the kernel's walk, and a last word of 12 bits.
     q_len, kv_len = 64, 1100 * 32
