@@ -64,6 +64,7 @@ def collect_info() -> Info:
     """Find out what runs on this machine and why."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     versions |= {package: _version(package) for package in _PACKAGES}
+    versions["torch"] = torch.__version__  # with the build, which the installed metadata may lack
     device = _device()
     query = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device=device.type)
     return Info(
