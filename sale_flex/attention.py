@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sale_flex.block_mask import build_block_mask, make_bounds
+from sale_flex.break_even import early_rows
 from sale_flex.config import SaleConfig
 from sale_flex.flex import run_flex
 from sale_flex.geometry import Grid
-from sale_flex.stats import SaleStats, dense_stats
+from sale_flex.stats import SaleStats, dense_stats, with_dense_rows
 from sale_flex.validation import check_inputs
 
 _DENSE_MASK_LIMIT = 2**22
@@ -90,13 +91,17 @@ def sale_attention(
     """
     check_inputs(query, key, value, config, q_offset, kv_range, scale)
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    bounds = make_bounds(query, key, q_offset, kv_range)
-    reason = _dense_reason(query, key, config, q_offset, kv_range)
+    min_length = early_rows(query, config)
+    square = q_offset is None and kv_range is None and query.shape[2] == key.shape[2]
+    reason = _dense_reason(query, key, config.block_size[0], min_length, q_offset is None and kv_range is None)
     if reason is not None:
-        grid = Grid(query.shape[2], key.shape[2], *config.block_size)
-        square = q_offset is None and kv_range is None and query.shape[2] == key.shape[2]
+        bounds = None if square and not stats else make_bounds(query, key, q_offset, kv_range)
         output = _dense(query, key, value, None if square else bounds, scale)
-        return SaleResult(output, dense_stats(bounds, query.shape[1], grid, reason)) if stats else output
+        if bounds is None or not stats:
+            return output
+        grid = Grid(query.shape[2], key.shape[2], *config.block_size)
+        return SaleResult(output, dense_stats(bounds, query.shape[1], grid, reason))
+    bounds = make_bounds(query, key, q_offset, kv_range)
     # Our own program goes to Inductor, which follows block indices. So may a caller's torch.compile; if it does not,
     # flex_attention may be computed densely under its mask_mod, which then has to know the kept blocks.
     lookup = False
@@ -104,22 +109,30 @@ def sale_attention(
         from sale_flex.compiler import inductor_is_tracing  # here: it imports torch._dynamo, and that Triton
 
         lookup = not inductor_is_tracing()
-    block_mask, counts = build_block_mask(query, key, value, bounds, kv_range is None, scale, config, lookup)
+    # Whole blocks of early rows are dense, and where no padding is in the way SDPA computes them faster.
+    early = -(-min_length // config.block_size[0]) * config.block_size[0]
+    split = query.is_cuda and square and 0 < early < query.shape[2]
+    block_mask, counts = build_block_mask(
+        query, key, value, bounds, kv_range is None, scale, config, lookup, leave_early=split
+    )
     output = run_flex(query, key, value, block_mask, scale, kernel_options)
-    return SaleResult(output, counts) if stats else output
+    del block_mask  # its lists are the largest thing that the call allocates
+    if split:
+        output[:, :, :early] = _dense(query[:, :, :early], key[:, :, :early], value[:, :, :early], None, scale)
+    if not stats:
+        return output
+    kept = with_dense_rows(counts(), bounds, Grid(early, key.shape[2], *config.block_size)) if split else counts()
+    return SaleResult(output, kept)
 
 
-def _dense_reason(
-    query: Tensor, key: Tensor, config: SaleConfig, q_offset: int | Tensor | None, kv_range: Tensor | None
-) -> str | None:
+def _dense_reason(query: Tensor, key: Tensor, block_q: int, min_length: int, plain: bool) -> str | None:
     """Why the call is dense by its lengths alone, or None. What the lengths do not tell, the block mask does."""
     q_len, kv_len = query.shape[2], key.shape[2]
-    plain = q_offset is None and kv_range is None
     if q_len * kv_len > _DENSE_MASK_LIMIT and not (plain and q_len == kv_len):
         return None
-    if 2 * q_len < config.block_size[0]:
+    if 2 * q_len < block_q:
         return "dense sdpa: fewer queries than half a block"
-    if kv_len <= config.min_length:
+    if kv_len <= min_length:
         return "dense sdpa: no more keys than min_length"
     return None
 

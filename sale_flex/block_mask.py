@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`create_sale_block_mask`: from a rule's hit bits to a FlexAttention `BlockMask`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -8,8 +10,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from sale_flex import ops
+from sale_flex.break_even import early_rows
 from sale_flex.config import SaleConfig
 from sale_flex.geometry import Grid
+from sale_flex.index_lists import Widths, build_index_lists, list_widths
 from sale_flex.mask_mods import kept_block, visible
 from sale_flex.rules import RULES
 from sale_flex.stats import SaleStats, mask_stats
@@ -76,7 +80,8 @@ def create_sale_block_mask(
 
     Returns:
         A BlockMask of shape ``[B, Hq, Sq, Skv]`` with ``config.block_size`` blocks and ascending, disjoint lists of
-        partial and full blocks. With ``stats=True`` a `MaskResult`.
+        partial and full blocks. On a GPU, lists of more than 1,024 key blocks are compact: narrower than the map, which
+        BlockMask.to_dense does not know; `sale_flex.testing.block_map` does. With ``stats=True`` a `MaskResult`.
 
     Raises:
         TypeError, ValueError: An argument breaks its rule; the message names both.
@@ -85,8 +90,8 @@ def create_sale_block_mask(
     check_inputs(query, key, value, config, q_offset, kv_range, scale)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     bounds = make_bounds(query, key, q_offset, kv_range)
-    result = build_block_mask(query, key, value, bounds, kv_range is None, scale, config)
-    return result if stats else result.block_mask
+    mask, counts = build_block_mask(query, key, value, bounds, kv_range is None, scale, config)
+    return MaskResult(mask, counts()) if stats else mask
 
 
 def make_bounds(query: Tensor, key: Tensor, q_offset: int | Tensor | None, kv_range: Tensor | None) -> Tensor:
@@ -105,7 +110,8 @@ def build_block_mask(
     scale: float,
     config: SaleConfig,
     lookup: bool = True,
-) -> MaskResult:
+    leave_early: bool = False,
+) -> tuple[BlockMask, Callable[[], SaleStats]]:
     """`create_sale_block_mask` on checked input.
 
     Args:
@@ -118,42 +124,40 @@ def build_block_mask(
         config: What to keep.
         lookup: Whether the mask_mod looks up the kept blocks. Without, it is for a caller who knows that the block
             indices will be followed: the lookup costs the compiled kernel registers in every block.
+        leave_early: Leave the lists of early query blocks empty, for a caller who computes their rows densely. Only
+            their first row may have no key before it.
+
+    Returns:
+        The block mask, and a function that counts what it keeps: the counts are worth launches only to those who ask.
     """
     heads, q_len = query.shape[1:3]
-    kv_heads, kv_len = key.shape[1:3]
+    kv_len = key.shape[2]
     block_q, block_k = config.block_size
     threshold = config.threshold
     if not isinstance(threshold, Tensor):
         threshold = torch.full((heads,), threshold, dtype=torch.float32, device=query.device)
-    hits = RULES[config.metric](query, key, bounds, from_zero, threshold.float(), scale, config)
-    nonfinite = None if value is None else ops.nonfinite_blocks(value, bounds, block_k)
+    min_length = early_rows(query, config)
     # A call with less than half a block of queries is a decoding step: every row counts as early.
-    min_length = kv_len if 2 * q_len < block_q else config.min_length
-    kept, partial_num, partial_idx, full_num, full_idx = ops.build_lists(
-        hits,
-        nonfinite,
-        bounds,
-        kv_heads,
-        q_len,
-        kv_len,
-        block_q,
-        block_k,
-        config.sink_tokens,
-        config.local_tokens,
-        min_length,
-    )
+    widths = list_widths(query, kv_len, config, min_length, from_zero)
+    if 2 * q_len < block_q:
+        min_length, widths = kv_len, Widths(-(-kv_len // block_k), -(-kv_len // block_k), -(-kv_len // block_k))
+    hits, dropped = RULES[config.metric](query, key, bounds, from_zero, threshold.float(), scale, config, widths.budget)
+    nonfinite = None if value is None else ops.nonfinite_blocks(value, bounds, block_k)
+    lists = build_index_lists(hits, nonfinite, bounds, query, key, config, min_length, widths, lookup, leave_early)
+    del hits
     mask_mod = visible(bounds)
     if lookup:
-        mask_mod = and_masks(kept_block(kept, block_q, block_k), mask_mod)
+        mask_mod = and_masks(kept_block(lists.kept, block_q, block_k), mask_mod)
     mask = BlockMask.from_kv_blocks(
-        partial_num,
-        partial_idx,
-        full_num,
-        full_idx,
+        lists.partial_num,
+        lists.partial_idx,
+        lists.full_num,
+        lists.full_idx,
         BLOCK_SIZE=config.block_size,
         mask_mod=mask_mod,
         seq_lengths=(q_len, kv_len),
         compute_q_blocks=False,
     )
     path = f"{'triton' if query.is_cuda else 'torch'} scan + flex"
-    return MaskResult(mask, mask_stats(partial_num, full_num, bounds, Grid(q_len, kv_len, block_q, block_k), path))
+    grid = Grid(q_len, kv_len, block_q, block_k)
+    return mask, partial(mask_stats, lists.partial_num, lists.full_num, dropped, bounds, grid, path)

@@ -20,15 +20,13 @@ import sale_flex
 _COMMANDS = {
     "info": ("sale_flex.info", "versions, device, and which path runs here and why"),
     "demo": ("sale_flex.demo", "prefill a real prompt densely and with SALE, and compare"),
+    "bench": ("sale_flex.bench", "time, memory and error of every stage, beside dense attention"),
+    "capture": ("sale_flex.bench.capture", "store queries, keys and values of a model's attention for bench"),
 }
-_EXTRAS = {
-    "matplotlib": "viz",
-    "rich": "demo",
-    "safetensors": "demo",
-    "tokenizers": "demo",
-    "transformers": "demo",
-}
-"""Package that a subcommand may lack -> the extra that brings it."""
+_EXTRAS = {"demo": "demo", "bench": "bench", "capture": "bench"}
+"""Subcommand -> the extra that brings the packages it may lack."""
+_OPTIONAL = {"matplotlib": "viz", "rich": None, "safetensors": None, "tokenizers": None, "transformers": None}
+"""Those packages -> the extra that brings them to any subcommand, None where it is the subcommand's own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
+        if package not in _OPTIONAL or command not in _EXTRAS:
             raise
+        extra = _OPTIONAL[package] or _EXTRAS[command]
         print(
-            f"sale-flex {command} needs {package}, which is not installed: pip install 'sale-flex[{_EXTRAS[package]}]'",
+            f"sale-flex {command} needs {package}, which is not installed: pip install 'sale-flex[{extra}]'",
             file=sys.stderr,
         )
         return 2

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 BLOCK_SIZES = ((64, 64), (64, 32), (128, 64), (128, 128))
+METRICS = ("mass", "relative")
+ESTIMATORS = ("moments", "scan")
+POOLS = (1, 2, 4, 8, 16)
+SUB_BLOCKS = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,13 +23,28 @@ class SaleConfig:
         ValueError: A field is outside its range. The message names the field, the rule and the value.
     """
 
-    metric: str = "relative"
-    """The selection rule. ``"relative"`` is SALE as published (arXiv 2505.24179, section 3): a block is kept when
-    any of its elements reaches ``threshold`` relative to the row's sink-local softmax."""
+    metric: str = "mass"
+    """The selection rule. ``"mass"``: a block is kept when it takes ``threshold`` or more of some pooled row's softmax.
+    ``"relative"``: SALE as published (arXiv 2505.24179, section 3), a block is kept when any of its elements reaches
+    ``threshold`` relative to the row's sink-local softmax."""
 
-    threshold: float | Tensor = 0.004
-    """Relative attention score an element must reach: a ratio of exponentials (not a logit), 0 or more. A float for
-    all heads, or a float tensor ``[Hq]`` on the query's device. Higher keeps less; 0 makes a head dense."""
+    threshold: float | Tensor = 0.005
+    """What a block must reach, 0 or more: a share of a row's probability (mass; 1 and more keep only what is always
+    kept) or a ratio of exponentials (relative; 0.004 to 0.032 are usual). A float for all heads, or a float tensor
+    ``[Hq]`` on the query's device. Higher keeps less; 0 makes a head dense."""
+
+    estimator: str = "moments"
+    """How the mass is estimated, from 4-bit products. ``"moments"``: of the pooled row with the mean and the variance
+    of every sub-block of keys. ``"scan"``: of the pooled row with every key. The relative rule has its own scan."""
+
+    query_pool: int = 4
+    """Mass: how many adjacent queries are averaged to one pooled row, in rows: 1, 2, 4, 8 or 16."""
+
+    query_stride: int | None = None
+    """Mass: if given, only every so many-th query is scored, alone, and `query_pool` is not used: 1, 2, 4, 8 or 16."""
+
+    sub_block: int = 8
+    """Moments: keys whose mean and variance stand for them, 4, 8, 16, 32 or 64, at most the keys of a block."""
 
     block_size: tuple[int, int] = (64, 64)
     """(query rows, keys) of a block: (64, 64), (64, 32), (128, 64) or (128, 128)."""
@@ -39,19 +58,26 @@ class SaleConfig:
     local_tokens: int = 128
     """How many keys, ending at a row's own position, count as local, in tokens, 1 or more. Always kept."""
 
-    min_length: int = 1024
+    min_length: int | None = None
     """Queries fewer than this many keys after the first valid key keep every block, in tokens, 0 or more. A prompt
-    that is shorter as a whole is dense."""
+    that is shorter as a whole is dense. None: where the sparse path breaks even on the device (`break_even_length`)."""
 
     smooth_tokens: int = 1024
     """The mean of this many first valid keys is subtracted from all keys before quantisation, in tokens, 0 or more
     (0: no smoothing). A prefix, so that chunks, padding and batches choose the same blocks."""
 
+    max_blocks: int | None = None
+    """Mass: room in a query block's index list, in blocks. Where more pass the threshold, those with the largest mass
+    are kept and the others counted (`SaleStats.dropped_blocks`). None: all of them on short prompts and for thresholds
+    given per head, otherwise what bounds the lists' memory (DESIGN.md, "Index lists")."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.metric, str):
             raise TypeError(f"metric must be a str, got {type(self.metric).__name__}.")
-        if self.metric != "relative":
-            raise ValueError(f"metric must be 'relative', got {self.metric!r}.")
+        if self.metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}, got {self.metric!r}.")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {ESTIMATORS}, got {self.estimator!r}.")
         _check_threshold(self.threshold)
         if tuple(self.block_size) not in BLOCK_SIZES:
             raise ValueError(
@@ -60,12 +86,31 @@ class SaleConfig:
         object.__setattr__(self, "block_size", tuple(self.block_size))
         if self.bits not in (4, 8):
             raise ValueError(f"bits must be 4 or 8, got {self.bits!r}.")
-        for name, least in (("sink_tokens", 0), ("local_tokens", 1), ("min_length", 0), ("smooth_tokens", 0)):
+        self._check_sizes()
+        for name, least in (
+            ("sink_tokens", 0), ("local_tokens", 1), ("min_length", 0), ("smooth_tokens", 0), ("max_blocks", 1),
+        ):  # fmt: skip
             value = getattr(self, name)
+            if value is None and name in ("min_length", "max_blocks"):
+                continue
+            unit = "blocks" if name == "max_blocks" else "tokens"
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int (a number of tokens), got {value!r}.")
+                raise TypeError(f"{name} must be an int (a number of {unit}), got {value!r}.")
             if value < least:
-                raise ValueError(f"{name} must be at least {least} tokens, got {value}.")
+                raise ValueError(f"{name} must be at least {least} {unit}, got {value}.")
+
+    def _check_sizes(self) -> None:
+        if self.query_pool not in POOLS:
+            raise ValueError(f"query_pool must be one of {POOLS} rows, got {self.query_pool!r}.")
+        if self.query_stride is not None and self.query_stride not in POOLS:
+            raise ValueError(f"query_stride must be None or one of {POOLS} rows, got {self.query_stride!r}.")
+        if self.sub_block not in SUB_BLOCKS:
+            raise ValueError(f"sub_block must be one of {SUB_BLOCKS} keys, got {self.sub_block!r}.")
+        if self.sub_block > self.block_size[1]:
+            raise ValueError(
+                f"sub_block must be at most the {self.block_size[1]} keys of a block, got {self.sub_block}; take a "
+                "smaller sub_block or a larger block_size."
+            )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SaleConfig):
@@ -80,7 +125,7 @@ class SaleConfig:
         return True
 
     def __hash__(self) -> int:
-        return hash((self.metric, self.block_size, self.bits, self.sink_tokens, self.local_tokens, self.min_length))
+        return hash((self.metric, self.estimator, self.block_size, self.bits, self.sink_tokens, self.local_tokens))
 
 
 def _check_threshold(threshold: float | Tensor) -> None:

@@ -17,11 +17,18 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 _TILES = {
     (64, 64): (64, 64, 4, 3),
-    (64, 32): (64, 32, 4, 4),
-    (128, 64): (128, 64, 8, 3),
-    (128, 128): (128, 64, 8, 3),
+    (64, 32): (64, 32, 4, 3),
+    (128, 64): (64, 64, 4, 3),
+    (128, 128): (64, 64, 4, 3),
 }
-"""(rows, keys, warps, stages) of a tile per block size, for 128 channels of 16 bits; measured on an H200."""
+"""(rows, keys, warps, stages) of a tile per block size. Measured on an H200 with 128 channels of 16 bits (DESIGN.md,
+"Measured and decided"); wider heads keep the tile and give up stages."""
+
+_NARROW_TILES = _TILES | {(128, 64): (128, 64, 4, 3), (128, 128): (128, 64, 4, 3)}
+"""The same for heads of at most `_NARROW` channels."""
+
+_NARROW = 64
+"""Channels up to which the tensor memory accelerator costs time instead of saving it."""
 
 _SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 """KiB a program may take, by compute capability; other GPUs get the smallest, 99."""
@@ -45,12 +52,11 @@ def flex_kernel_options(query: Tensor, block_size: tuple[int, int]) -> dict[str,
     capability = torch.cuda.get_device_capability(query.device)
     shared = _SHARED_MEMORY.get(capability, 99)
     options = _tile_options(query.shape[3], query.element_size(), (block_size[0], block_size[1]), shared)
-    # The tensor memory accelerator: a tenth faster where lengths are dynamic, no slower elsewhere.
-    return options | ({"USE_TMA": True} if capability >= (9, 0) else {})
+    return options | ({"USE_TMA": True} if capability >= (9, 0) and query.shape[3] > _NARROW else {})
 
 
 def _tile_options(head_dim: int, element_size: int, block_size: tuple[int, int], shared_kib: int) -> dict[str, Any]:
-    block_m, block_n, warps, stages = _TILES[block_size]
+    block_m, block_n, warps, stages = (_NARROW_TILES if head_dim <= _NARROW else _TILES)[block_size]
     row = (1 << (head_dim - 1).bit_length()) * element_size
 
     def fits() -> bool:

@@ -79,8 +79,12 @@ def always_blocks(bounds: Tensor, grid: Grid, sink_tokens: int, local_tokens: in
     start = bounds[:, 1, None, None]
     sink = torch.maximum(first, start) < start + sink_tokens
     local = after > rows.low[..., None] - local_tokens + 1
-    early = (rows.low - bounds[:, 1, None] < min_length)[..., None]
-    return sink | local | early
+    return sink | local | early_blocks(bounds, grid, min_length)[..., None]
+
+
+def early_blocks(bounds: Tensor, grid: Grid, min_length: int) -> Tensor:
+    """Query blocks with a row fewer than `min_length` keys after the first valid one, bool ``[B, nq]``."""
+    return spans(bounds, grid).low - bounds[:, 1, None] < min_length
 
 
 def full_blocks(bounds: Tensor, grid: Grid) -> Tensor:

@@ -82,6 +82,25 @@ def _fake_scan(
     return query_codes.new_empty(batch, heads, _ceil(q_len, block_q), words, dtype=torch.int32)
 
 
+def _fake_moments(
+    key: Tensor, mean: Tensor, bounds: Tensor, block_k: int, sub_block: int, bits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, kv_len, dim = key.shape
+    subs, blocks = block_k // sub_block, _ceil(kv_len, block_k)
+    rows = _ceil(blocks * subs, 256) * 256
+    sizes = (rows, rows if sub_block > 1 else 0)
+    codes = [key.new_empty(batch, heads, size, dim, dtype=torch.int8) for size in sizes]
+    scales = [key.new_empty(batch, heads, size // subs, dtype=torch.float32) for size in sizes]
+    nonfinite = key.new_empty(batch, heads, _ceil(blocks, 32), dtype=torch.int32)
+    return codes[0], scales[0], codes[1], scales[1], nonfinite
+
+
+def _fake_mass(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    nonfinite, block_q = args[6], args[10]
+    rows = (*query.shape[:2], _ceil(query.shape[2], block_q))
+    return query.new_empty(*rows, nonfinite.shape[2], dtype=torch.int32), query.new_empty(rows, dtype=torch.int32)
+
+
 def _fake_nonfinite(value: Tensor, bounds: Tensor, block_k: int) -> Tensor:
     batch, heads, kv_len, _ = value.shape
     return value.new_empty(batch, heads, _ceil(_ceil(kv_len, block_k), 32), dtype=torch.int32)
@@ -99,11 +118,14 @@ def _fake_lists(
     sink_tokens: int,
     local_tokens: int,
     min_length: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    partial_width: int,
+    full_width: int,
+    want_kept: bool,
+    leave_early: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = hits.shape[:3]
-    width = _ceil(kv_len, block_k)
-    num, idx = (lambda: hits.new_empty(rows)), (lambda: hits.new_empty(*rows, width))
-    return torch.empty_like(hits), num(), idx(), num(), idx()
+    kept = torch.empty_like(hits) if want_kept else hits.new_empty(0)
+    return kept, hits.new_empty(rows), hits.new_empty(rows), hits.new_empty(*rows, partial_width + full_width)
 
 
 query_bounds = _define(
@@ -137,12 +159,27 @@ scan_max = _define(
     _fake_scan,
     "scan",
 )
+quantize_moments = _define(
+    "quantize_moments(Tensor key, Tensor mean, Tensor bounds, int block_k, int sub_block, int bits)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_moments,
+    "moments",
+)
+mass_hits = _define(
+    "mass_hits(Tensor query, Tensor key, Tensor mean, Tensor mean_codes, Tensor mean_scale, Tensor var_codes,"
+    " Tensor var_scale, Tensor nonfinite, Tensor bounds, Tensor threshold, float scale, int block_q, int block_k,"
+    " int sub_block, int pool, bool sample, int bits, int sink_tokens, int local_tokens, SymInt budget)"
+    " -> (Tensor, Tensor)",
+    _fake_mass,
+    "mass",
+)
 nonfinite_blocks = _define(
     "nonfinite_blocks(Tensor value, Tensor bounds, int block_k) -> Tensor", _fake_nonfinite, "compact"
 )
 build_lists = _define(
     "build_lists(Tensor hits, Tensor? nonfinite, Tensor bounds, int kv_heads, SymInt q_len, SymInt kv_len, int block_q,"
-    " int block_k, int sink_tokens, int local_tokens, SymInt min_length) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int block_k, int sink_tokens, int local_tokens, SymInt min_length, SymInt partial_width, SymInt full_width,"
+    " bool want_kept, bool leave_early) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_lists,
     "compact",
 )

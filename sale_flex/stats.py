@@ -19,6 +19,9 @@ class SaleStats(NamedTuple):
     path: str
     """What ran: ``"triton scan + flex"``, ``"torch scan + flex"``, or ``"dense sdpa: ..."`` with the reason."""
 
+    dropped_blocks: Tensor
+    """int64 ``[B, Hq]``: blocks that passed the threshold and found no room in their query block's index list."""
+
     @property
     def density(self) -> Tensor:
         """float32 ``[B, Hq]``: kept over visible blocks; 1 where nothing is visible."""
@@ -26,13 +29,24 @@ class SaleStats(NamedTuple):
         return torch.where(visible > 0, self.kept_blocks / visible.clamp_min(1), 1.0)
 
 
-def mask_stats(partial_num: Tensor, full_num: Tensor, bounds: Tensor, grid: Grid, path: str) -> SaleStats:
-    """Counts of a block mask from its list lengths, both int32 ``[B, Hq, nq]``."""
+def mask_stats(
+    partial_num: Tensor, full_num: Tensor, dropped: Tensor | None, bounds: Tensor, grid: Grid, path: str
+) -> SaleStats:
+    """Counts of a block mask from its list lengths and what found no room in them, int32 ``[B, Hq, nq]`` all three."""
     kept = (partial_num + full_num).sum(-1)
-    return SaleStats(kept, visible_count(bounds, grid)[:, None].expand_as(kept), path)
+    lost = torch.zeros_like(kept) if dropped is None else dropped.sum(-1)
+    return SaleStats(kept, visible_count(bounds, grid)[:, None].expand_as(kept), path, lost)
 
 
 def dense_stats(bounds: Tensor, heads: int, grid: Grid, path: str) -> SaleStats:
     """Counts of a call that ran dense."""
     visible = visible_count(bounds, grid)[:, None].expand(-1, heads)
-    return SaleStats(visible, visible, path)
+    return SaleStats(visible, visible, path, torch.zeros_like(visible))
+
+
+def with_dense_rows(stats: SaleStats, bounds: Tensor, early: Grid) -> SaleStats:
+    """Add the blocks of the grid's rows, which the mask left out and dense attention computes."""
+    return stats._replace(
+        kept_blocks=stats.kept_blocks + visible_count(bounds, early)[:, None],
+        path=f"dense sdpa on the first {early.q_len} rows, {stats.path} on the others",
+    )

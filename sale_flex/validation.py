@@ -22,7 +22,8 @@ def check_inputs(
     scale: float | None,
 ) -> None:
     """Raise TypeError, ValueError or NotImplementedError for the first argument that breaks its rule."""
-    _check_tensors(query, key, value)
+    if not _plainly_good(query, key, value):
+        _check_tensors(query, key, value)
     if not isinstance(config, SaleConfig):
         raise TypeError(f"config must be a sale_flex.SaleConfig, got {type(config).__name__}.")
     _check_threshold(config.threshold, query)
@@ -32,6 +33,28 @@ def check_inputs(
             raise TypeError(f"scale must be a float or None (head_dim ** -0.5), got {type(scale).__name__}.")
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale must be a finite number above 0, or None (head_dim ** -0.5), got {scale!r}.")
+
+
+def _plainly_good(query: Tensor, key: Tensor, value: Tensor | None) -> bool:
+    """Whether the tensors keep all rules of `_check_tensors`, in a few comparisons: short calls notice the others."""
+    if type(query) is not Tensor or type(key) is not Tensor or (value is not None and type(value) is not Tensor):
+        return False
+    shape, key_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
+    if len(shape) != 4 or len(key_shape) != 4 or key.dtype != dtype or key.device != device or dtype not in DTYPES:
+        return False
+    if value is not None and (value.shape != key_shape or value.dtype != dtype or value.device != device):
+        return False
+    batch, heads, q_len, dim = shape
+    key_batch, kv_heads, kv_len, key_dim = key_shape
+    return (
+        dim in HEAD_DIMS
+        and dim == key_dim
+        and batch == key_batch > 0
+        and min(heads, q_len, kv_heads, kv_len) > 0
+        and heads % kv_heads == 0
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
+        and not (torch.is_grad_enabled() and value is not None and value.requires_grad)
+    )
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor | None) -> None:

@@ -124,11 +124,24 @@ def test_help_names_the_commands_and_imports_none():
         "import sys\n"
         "from sale_flex.cli import main\n"
         "try: main(['--help'])\n"
-        "except SystemExit: print(*(f'sale_flex.{name}' in sys.modules for name in ('info', 'demo')))"
+        "except SystemExit: print(*(f'sale_flex.{name}' in sys.modules for name in ('info', 'demo', 'bench')))"
     )
-    assert "info  " in done.stdout
-    assert "demo  " in done.stdout
-    assert done.stdout.splitlines()[-1] == "False False"
+    for name in ("info", "demo", "bench", "capture"):
+        assert f"\n    {name}  " in done.stdout
+    assert done.stdout.splitlines()[-1] == "False False False"
+
+
+@pytest.mark.parametrize("command", ["bench", "capture"])
+def test_help_of_a_command_imports_nothing_optional(command):
+    done = run(
+        "import sys\n"
+        "from sale_flex.cli import main\n"
+        f"try: main([{command!r}, '--help'])\n"
+        "except SystemExit:\n"
+        "    print(sorted({'transformers', 'safetensors', 'matplotlib', 'rich', 'triton'} & set(sys.modules)))"
+    )
+    assert f"usage: sale-flex {command}" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("package", ["transformers", "tokenizers"])

@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
 from sale_flex import SaleConfig, SaleStats, create_sale_block_mask, sale_attention
+from sale_flex.testing import block_map
 
 PACKAGED = Path(__file__).parent / "model"
 
@@ -49,7 +50,7 @@ class SwitchedAttention:
             self.stats.append(stats)
             if self.maps is not None:
                 mask = create_sale_block_mask(query, key, self.config, value=value, scale=scaling)
-                self.maps.append(mask.to_dense()[0].bool().cpu())
+                self.maps.append(block_map(mask).kept[0].cpu())
         return output.transpose(1, 2).contiguous(), None
 
 

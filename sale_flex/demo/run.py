@@ -19,6 +19,8 @@ from sale_flex.demo.model import SwitchedAttention, load
 from sale_flex.demo.prompt import Prompt, Score, build_prompt, held_out_texts, score
 
 NOTES = 40
+MIN_LENGTH = 1024
+"""Tokens up to which a query keeps everything: less than the break-even, so that the sparse path is what is shown."""
 _ENOUGH_SECONDS = 5.0
 """A prefill is timed up to three times, but not again after so long: a CPU needs many seconds."""
 MIN_DENSE_RECALL, MAX_RECALL_DROP, MAX_DENSITY = 0.95, 0.05, 0.6
@@ -112,7 +114,7 @@ def run(
     if not 2 <= tokens <= longest:
         raise ValueError(f"tokens must be in [2, {longest}], what the model can read, got {tokens}; lower it")
     prompt = build_prompt(tokenizer, held_out_texts(), tokens=tokens, notes=NOTES, seed=seed)
-    config = SaleConfig(threshold=threshold)
+    config = SaleConfig(metric="mass", threshold=threshold, min_length=MIN_LENGTH)
 
     dense, dense_seconds = _prefill(model, attention, prompt, None)
     attention.maps = [] if want_maps else None

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sale_flex.fallback.bits import pack_bits, unpack_bits
-from sale_flex.geometry import Grid, always_blocks, full_blocks, visible_blocks
+from sale_flex.geometry import Grid, always_blocks, early_blocks, full_blocks, visible_blocks
 
 
 def nonfinite_blocks(value: Tensor, bounds: Tensor, block_k: int) -> Tensor:
@@ -29,19 +29,27 @@ def build_lists(
     sink_tokens: int,
     local_tokens: int,
     min_length: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Kept bits, and count and ascending indices of the partial and the full blocks."""
+    partial_width: int,
+    full_width: int,
+    want_kept: bool,
+    leave_early: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Kept bits if wanted, counts of partial and full blocks, and the ascending indices of both side by side."""
     grid = Grid(q_len, kv_len, block_q, block_k)
     if nonfinite is not None:
         hits = hits | nonfinite.repeat_interleave(hits.shape[1] // kv_heads, 1)[:, :, None]
     always = always_blocks(bounds, grid, sink_tokens, local_tokens, min_length)[:, None]
     visible = visible_blocks(bounds, grid)[:, None]
     kept = (unpack_bits(hits, grid.key_blocks) | always) & visible
+    if leave_early:
+        kept &= ~early_blocks(bounds, grid, min_length)[:, None, :, None]
     full = kept & full_blocks(bounds, grid)[:, None]
-    return (pack_bits(kept), *_indices(kept & ~full), *_indices(full))
+    partial_num, partial = _indices(kept & ~full, partial_width)
+    full_num, whole = _indices(full, full_width)
+    return pack_bits(kept) if want_kept else hits.new_empty(0), partial_num, full_num, torch.cat([partial, whole], -1)
 
 
-def _indices(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """Count and ascending indices of the set flags; a stable sort puts them first."""
-    order = flags.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return flags.sum(-1, dtype=torch.int32), order.to(torch.int32)
+def _indices(flags: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Count and ascending indices of the first `width` set flags; a stable sort puts them first."""
+    order = flags.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return flags.sum(-1, dtype=torch.int32).clamp_max(width), pad(order, (0, width - order.shape[-1]))

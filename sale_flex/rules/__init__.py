@@ -6,9 +6,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from sale_flex.config import SaleConfig
-from sale_flex.rules import relative
+from sale_flex.rules import mass, relative
 
-Rule = Callable[[Tensor, Tensor, Tensor, bool, Tensor, float, SaleConfig], Tensor]
-"""``rule(query, key, bounds, from_zero, threshold [Hq], scale, config)`` -> int32 ``[B, Hq, nq, ceil(nk / 32)]``."""
+Rule = Callable[[Tensor, Tensor, Tensor, bool, Tensor, float, SaleConfig, int], tuple[Tensor, Tensor | None]]
+"""``rule(query, key, bounds, from_zero, threshold [Hq], scale, config, budget)`` -> hit bits int32
+``[B, Hq, nq, ceil(nk / 32)]``, and hits given up for `budget`, the room in a query block's list, int32 ``[B, Hq, nq]``;
+None from a rule that gives up none."""
 
-RULES: dict[str, Rule] = {"relative": relative.select}
+RULES: dict[str, Rule] = {"mass": mass.select, "relative": relative.select}

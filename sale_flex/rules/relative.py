@@ -19,7 +19,8 @@ def select(
     threshold: Tensor,
     scale: float,
     config: SaleConfig,
-) -> Tensor:
+    budget: int,
+) -> tuple[Tensor, None]:
     """Hit bits of every block.
 
     Args:
@@ -30,9 +31,11 @@ def select(
         threshold: float32 ``[Hq]``.
         scale: Softmax scale.
         config: Block size, bits, sink, local and smoothing lengths.
+        budget: Of no use here: lists are as wide as the map.
 
     Returns:
-        int32 ``[B, Hq, nq, ceil(nk / 32)]``; bits of always-kept and of hidden blocks mean nothing.
+        int32 ``[B, Hq, nq, ceil(nk / 32)]``; bits of always-kept and of hidden blocks mean nothing. And
+        None: no hit is given up.
     """
     block_q, block_k = config.block_size
     mean = ops.key_mean(key, bounds, config.smooth_tokens)
@@ -41,7 +44,7 @@ def select(
     limit = ops.row_limits(
         query, key, mean, query_scale, bounds, threshold, scale, config.sink_tokens, config.local_tokens
     )
-    return ops.scan_max(
+    hits = ops.scan_max(
         query_codes,
         limit,
         key_codes,
@@ -54,3 +57,4 @@ def select(
         config.local_tokens,
         from_zero,
     )
+    return hits, None

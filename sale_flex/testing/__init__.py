@@ -20,7 +20,7 @@ Everywhere: query and output ``[B, Hq, Sq, D]``, key and value ``[B, Hkv, Skv, D
 * `inputs`: `Shape`, and factories of `Inputs`: noise, exactly summable numbers, structure with low density, needles.
 * `oracles`: dense attention for any mask and score_mod, with a policy for NaN.
 * `block_maps`: bool block maps to BlockMasks and back, with every list checked.
-* `tolerances`: error bounds that are derived, for outputs, logits, codes and estimates.
+* `tolerances`: error bounds that are derived, for outputs, logits, codes, estimates and masses.
 * `strategies` (needs Hypothesis, import it by name): shapes, GQA groups, lengths, offsets, paddings, mods, block maps,
   options.
 
@@ -46,6 +46,8 @@ from sale_flex.testing.tolerances import (
     gamma,
     logit_error_bound,
     low_precision_budget,
+    mass_error_bound,
+    moment_error_bound,
     rounding_band,
     unit_roundoff,
 )
@@ -69,7 +71,9 @@ __all__ = [
     "grid_inputs",
     "logit_error_bound",
     "low_precision_budget",
+    "mass_error_bound",
     "mod_mask",
+    "moment_error_bound",
     "plant_needle",
     "random_inputs",
     "rounding_band",

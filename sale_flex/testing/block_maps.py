@@ -137,7 +137,8 @@ def assert_same_blocks(kept: Tensor, expected: KeepMap, within: float = 1e-5) ->
     Args:
         kept: bool ``[B, Hq, nq, nk]``.
         expected: What `sale_flex.reference.keep_map` decided.
-        within: How far, in logits, the largest element of a block may be from its row's limit for the block to differ.
+        within: How far, in nats, a block may be from what it must reach, by its margin, for it to differ. The default
+            suits the relative rule and moderate logits; `mass_error_bound` is the mass rule's.
 
     Returns:
         How many blocks differ.

@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sale_flex.config import BLOCK_SIZES, SaleConfig
+from sale_flex.config import BLOCK_SIZES, ESTIMATORS, METRICS, POOLS, SUB_BLOCKS, SaleConfig
 from sale_flex.testing.block_maps import MaskMod
 from sale_flex.testing.inputs import Shape
 from sale_flex.testing.oracles import ScoreMod
@@ -94,7 +94,7 @@ def paddings(draw: st.DrawFn, kv_len: int) -> tuple[int, int]:
 
 
 def thresholds(least: float = 1e-4, most: float = 10.0) -> st.SearchStrategy[float]:
-    """Relative attention scores: 0 (dense), and positive ones evenly on a logarithmic scale."""
+    """Relative attention scores, or shares: 0 (dense), and positive ones evenly on a logarithmic scale."""
     low, high = torch.tensor([least, most]).log2().tolist()
     return st.just(0.0) | st.floats(low, high).map(lambda power: round(2.0**power, 6))
 
@@ -104,27 +104,42 @@ def configs(
     draw: st.DrawFn,
     *,
     heads: int | None = None,
+    metrics: Sequence[str] = METRICS,
     block_sizes: Sequence[tuple[int, int]] = BLOCK_SIZES,
     bits: Sequence[int] = (4, 8),
     max_min_length: int = 128,
     max_window: int = 150,
 ) -> SaleConfig:
-    """Every option of `SaleConfig`, with lengths that suit prompts of some hundred tokens.
+    """The options of `SaleConfig`, with lengths that suit prompts of some hundred tokens, and no `max_blocks`.
 
     Args:
         draw: Supplied by Hypothesis.
         heads: If given, a threshold may also be a tensor of this many.
+        metrics: Choices of selection rule.
         block_sizes: Choices of block size.
         bits: Choices of code width.
         max_min_length: Largest ``min_length``, in tokens; 0 leaves all but the windows to the rule.
         max_window: Largest ``sink_tokens`` and ``local_tokens``; small ones leave more blocks to the rule.
     """
-    threshold: float | Tensor = draw(thresholds())
+    metric = draw(st.sampled_from(metrics))
+    levels = thresholds() if metric == "relative" else thresholds(most=1.5)
+    threshold: float | Tensor = draw(levels)
     if heads is not None and draw(st.booleans()):
-        threshold = torch.tensor([draw(thresholds()) for _ in range(heads)])
+        threshold = torch.tensor([draw(levels) for _ in range(heads)])
+    block_size = draw(st.sampled_from(block_sizes))
+    estimate: dict[str, Any] = {}
+    if metric == "mass":
+        estimate = {
+            "estimator": draw(st.sampled_from(ESTIMATORS)),
+            "query_pool": draw(st.sampled_from(POOLS)),
+            "query_stride": draw(st.none() | st.sampled_from(POOLS)),
+            "sub_block": draw(st.sampled_from([size for size in SUB_BLOCKS if size <= block_size[1]])),
+        }
     return SaleConfig(
+        metric=metric,
         threshold=threshold,
-        block_size=draw(st.sampled_from(block_sizes)),
+        block_size=block_size,
+        **estimate,
         bits=draw(st.sampled_from(bits)),
         sink_tokens=draw(st.integers(0, max_window)),
         local_tokens=draw(st.integers(1, max_window)),
@@ -138,14 +153,23 @@ def calls(
     draw: st.DrawFn,
     /,
     *,
+    metrics: Sequence[str] = METRICS,
     block_sizes: Sequence[tuple[int, int]] = BLOCK_SIZES,
+    bits: Sequence[int] = (4, 8),
     max_min_length: int = 128,
     max_window: int = 150,
     **options: Any,
 ) -> tuple[Shape, SaleConfig]:
     """A shape, with the options of `shapes`, and a config that suits it, at times with a threshold per head."""
     shape = draw(shapes(**options))
-    config = configs(heads=shape.heads, block_sizes=block_sizes, max_min_length=max_min_length, max_window=max_window)
+    config = configs(
+        heads=shape.heads,
+        metrics=metrics,
+        block_sizes=block_sizes,
+        bits=bits,
+        max_min_length=max_min_length,
+        max_window=max_window,
+    )
     return shape, draw(config)
 
 

@@ -14,9 +14,12 @@ is off by at most ``gamma(n) * sum(|terms|)``, ``gamma(n) = n u / (1 - n u)`` (H
 Numerical Algorithms, section 3.1).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from sale_flex.reference import Moments, PooledRows, quantize_rows
 from sale_flex.testing.oracles import ScoreMod, dense_attention
 
 
@@ -165,3 +168,89 @@ def estimate_error_bound(
     q_size = query.double().abs().sum(-1, keepdim=True)
     k_size = key.double().abs().sum(-1).repeat_interleave(group, 1)[:, :, None]
     return scale * (q_size * k_error + q_error * k_size + query.shape[3] * q_error * k_error)
+
+
+def mass_error_bound(query: Tensor, key: Tensor, scale: float | None = None) -> float:
+    """How far from a threshold float32 may move a block of the mass rule, in nats: ``within`` of `assert_same_blocks`.
+
+    Given the codes, implementations share every integer but one per row: the fixed-point logarithm of the row's exact
+    part L, which moves all of the row's sums alike. With logits off by e nats, from exact ones:
+
+    * ln L is off by e and ``gamma(n + 32)`` for n exponentials and their sum. e is twice `logit_error_bound`, of the
+      keys and of their mean, and 16 u of the largest logit for the running maximum (see `attention_error_bound`).
+    * In octaves: log2(e) times that, rounding the logarithm and its distance from the bias, and two roundings to
+      2 ** -16 that may fall apart.
+    * An exponential is 1 + f where 2 ** f is meant, so an octave of logarithm is at most 1 nat of its value.
+    * Sums over keys and blocks, the total, the cut: ``gamma(2 n + 8)``.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``; elements that are not finite count as 0.
+        key: ``[B, Hkv, Skv, D]``, likewise.
+        scale: Softmax scale; by default ``D ** -0.5``.
+    """
+    query, key = (torch.where(x.isfinite(), x, 0.0) for x in (query, key))
+    keys = key.shape[2]
+    error = 2 * float(logit_error_bound(query, key, scale).max())
+    largest = error / gamma(query.shape[3] + 2)
+    nats = error + largest * gamma(16) + gamma(keys + 32)
+    octaves = nats / math.log(2) + gamma(4) * (largest / math.log(2) + math.log2(keys) + 150) + 2**-16
+    return octaves + gamma(2 * keys + 8)
+
+
+def moment_error_bound(
+    pooled: PooledRows, mu: Tensor, var: Tensor, moments: Moments, scale: float, bits: int
+) -> Tensor:
+    """Largest error of a sub-block's estimated logit for being coded, in nats, float64 ``[B, Hq, np, nk * n_sub]``.
+
+    That is, the distance between the logarithm of what `reference.row_masses` sums up for a sub-block and
+    `reference.moment_logits` in exact arithmetic, in units of the row's exact part, where neither is cut off: from 0 to
+    100 octaves, and logits below some thousands. With codes c and d, scales s and t:
+
+    * The mean logit: `estimate_error_bound`.
+    * The variance: ``scale ** 2 / 2 * (sum q^2 e + E v + E e)`` for variances v off by e and squares q^2 off by E. With
+      q off by a, ``E = 2 |q| a + a^2``; 8-bit squares lose another 64 ``s ** 2`` to fit a byte.
+    * 8-bit products lose up to 255 units when they are shortened.
+    * A product's factor in fixed point is off by half a step of 2 ** -16 octaves and four roundings.
+    * Moments of up to 64 keys are computed in float32: ``gamma(136)`` of the root mean square, or of its square.
+    * The row's logarithm, the cap and the sum of terms: a step each.
+    * The straight mantissa is within 0.0431 octaves of the exponential.
+
+    Args:
+        pooled: From `reference.pool_rows`.
+        mu: float64 ``[B, Hkv, nk * n_sub, D]`` from `reference.key_moments`.
+        var: Likewise, 0 for sub-blocks of one key.
+        moments: From `reference.quantize_moments`.
+        scale: Softmax scale.
+        bits: Width of the codes.
+    """
+    group = pooled.rows.shape[1] // mu.shape[1]
+    subs = mu.shape[2] // moments.mean_scale.shape[2]
+    shift, step = (8 if bits == 8 else 0), 2**-16 * math.log(2)
+    rows = pooled.rows.double()
+    codes, row_scale = quantize_rows(pooled.rows, bits)
+    codes, per_row = codes.double(), row_scale.double()[..., None]
+    square = mu.square() + var  # of the keys, averaged
+
+    def of_rows(x: Tensor) -> Tensor:
+        return x.repeat_interleave(group, 1).transpose(-1, -2)
+
+    def fixed_point(product: Tensor, unit: Tensor) -> Tensor:
+        return product * (step / (2 << shift) + gamma(4) * unit) + (2**shift - 1) * unit
+
+    mean_scale = moments.mean_scale.repeat_interleave(subs, 2)
+    unit = scale * per_row * mean_scale.double().repeat_interleave(group, 1)[:, :, None]
+    bound = estimate_error_bound(rows, row_scale, mu, mean_scale, scale, bits)
+    bound = bound + scale * rows.abs() @ of_rows(square.sqrt() * gamma(136))
+    bound = bound + fixed_point((codes @ of_rows(moments.mean_codes.double())).abs(), unit)
+    if moments.var_codes.shape[2]:
+        top, square_unit = (15, 1) if bits == 4 else (127, 128)
+        squares = codes.square() if bits == 4 else (codes.square() + 64).div(128).floor()
+        row_error = code_error_bound(bits) * per_row
+        square_error = 2 * rows.abs() * row_error + row_error**2 + (64 * per_row**2 if bits == 8 else 0)
+        var_scale = moments.var_scale.double().repeat_interleave(subs, 2)
+        var_error = (0.5 + top * gamma(3)) * var_scale[..., None] + gamma(136) * square
+        second = rows.square() @ of_rows(var_error) + square_error @ of_rows(var + var_error)
+        unit = scale * scale / 2 * square_unit * per_row**2 * var_scale.repeat_interleave(group, 1)[:, :, None]
+        bound = bound + scale * scale / 2 * second
+        bound = bound + fixed_point(squares @ of_rows(moments.var_codes.double()), unit)
+    return bound + 3 * step + 0.0431 * math.log(2)

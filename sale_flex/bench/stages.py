@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`sale_attention` taken apart: each stage on the results of those before it, and the whole."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
+
+from sale_flex import ops
+from sale_flex.attention import sale_attention
+from sale_flex.bench.inputs import Inputs
+from sale_flex.block_mask import build_block_mask, make_bounds
+from sale_flex.break_even import early_rows
+from sale_flex.config import SaleConfig
+from sale_flex.flex import run_flex
+from sale_flex.index_lists import IndexLists, build_index_lists, list_widths
+
+STAGES = ("codes", "estimate", "compact", "flex", "early rows")
+"""What `sale_attention` is made of, in order. Early rows are dense, on a GPU by scaled_dot_product_attention."""
+MASK, WHOLE = "block mask", "sale_attention"
+"""The first three stages in one call, and everything in one call."""
+ORDER = (*STAGES[:3], MASK, *STAGES[3:], WHOLE)
+"""Every candidate of ours, in the order in which a round runs them."""
+
+
+def whole_call(inputs: Inputs, config: SaleConfig) -> Callable[..., Any]:
+    """`sale_attention` on the inputs; further options may be given when it is called."""
+    return partial(sale_attention, *inputs[:3], config, scale=inputs.scale)
+
+
+class Split(NamedTuple):
+    """A selection rule in two stages."""
+
+    codes: Callable[[], tuple[Tensor, ...]]
+    """The smoothing mean and the codes of queries and keys."""
+    estimate: Callable[[tuple[Tensor, ...]], Tensor]
+    """Hit bits, int32 ``[B, Hq, nq, ceil(nk / 32)]``, from those codes."""
+
+
+def split_relative(inputs: Inputs, bounds: Tensor, threshold: Tensor, config: SaleConfig, budget: int) -> Split:
+    """The stages of `sale_flex.rules.relative`."""
+    query, key, _, scale = inputs
+    block_q, block_k = config.block_size
+
+    def codes() -> tuple[Tensor, ...]:
+        mean = ops.key_mean(key, bounds, config.smooth_tokens)
+        keys = ops.quantize_groups(key, mean, bounds, block_k, config.bits)
+        return mean, *ops.quantize_rows(query, config.bits), *keys
+
+    def estimate(made: tuple[Tensor, ...]) -> Tensor:
+        mean, query_codes, query_scale, key_codes, key_scale = made
+        kept_always = (config.sink_tokens, config.local_tokens)
+        limit = ops.row_limits(query, key, mean, query_scale, bounds, threshold, scale, *kept_always)
+        lengths = (query.shape[2], key.shape[2], block_q, block_k)
+        return ops.scan_max(query_codes, limit, key_codes, key_scale, bounds, *lengths, config.local_tokens, True)
+
+    return Split(codes, estimate)
+
+
+def split_mass(inputs: Inputs, bounds: Tensor, threshold: Tensor, config: SaleConfig, budget: int) -> Split:
+    """The stages of `sale_flex.rules.mass`; pooled rows get their codes inside the estimate."""
+    query, key, _, scale = inputs
+    block_q, block_k = config.block_size
+    sub_block = config.sub_block if config.estimator == "moments" else 1
+    pool = (config.query_pool, False) if config.query_stride is None else (config.query_stride, True)
+
+    def codes() -> tuple[Tensor, ...]:
+        mean = ops.key_mean(key, bounds, config.smooth_tokens)
+        return mean, *ops.quantize_moments(key, mean, bounds, block_k, sub_block, config.bits)
+
+    def estimate(made: tuple[Tensor, ...]) -> Tensor:
+        sizes = (block_q, block_k, sub_block, *pool, config.bits, config.sink_tokens, config.local_tokens, budget)
+        return ops.mass_hits(query, key, *made, bounds, threshold, scale, *sizes)[0]
+
+    return Split(codes, estimate)
+
+
+SPLITS = {"mass": split_mass, "relative": split_relative}
+"""`SaleConfig.metric` -> its stages."""
+
+
+class Stages:
+    """The candidates of one call. Codes and hits are held; index lists only from `MASK` to the end of ``flex``."""
+
+    def __init__(self, inputs: Inputs, config: SaleConfig) -> None:
+        self._inputs, self._config = inputs, config
+        query, key = inputs.query, inputs.key
+        self._bounds = make_bounds(query, key, None, None)
+        self._min_length = early_rows(query, config)
+        self._widths = list_widths(query, key.shape[2], config, self._min_length, True)
+        threshold = torch.as_tensor(config.threshold, dtype=torch.float32, device=query.device)
+        threshold = threshold.expand(query.shape[1]).contiguous()
+        self._split = SPLITS[config.metric](inputs, self._bounds, threshold, config, self._widths.budget)
+        self._codes = self._split.codes()
+        self._hits = self._split.estimate(self._codes)
+        early = -(-self._min_length // config.block_size[0]) * config.block_size[0]
+        self.early = early if query.is_cuda and early < query.shape[2] else 0
+        """How many first rows `sale_attention` leaves to scaled_dot_product_attention; not in `mask`."""
+        self.mask: BlockMask | None = None
+        """What `MASK` has built and ``flex`` takes, once: two masks of a long call need not fit into memory."""
+
+    def runs(self) -> dict[str, Callable[[], Any]]:
+        """The candidates by name, in `ORDER`."""
+        calls: dict[str, Callable[[], Any]] = {
+            "codes": self._split.codes,
+            "estimate": partial(self._split.estimate, self._codes),
+            "compact": self._compact,
+            MASK: self.build_mask,
+            "flex": self.attend,
+            "early rows": self._attend_early,
+            WHOLE: whole_call(self._inputs, self._config),
+        }
+        return {name: calls[name] for name in ORDER if name != "early rows" or self.early}
+
+    def _compact(self) -> IndexLists:
+        query, key, value, _ = self._inputs
+        nonfinite = ops.nonfinite_blocks(value, self._bounds, self._config.block_size[1])
+        of_call = (self._bounds, query, key, self._config, self._min_length, self._widths)
+        return build_index_lists(self._hits, nonfinite, *of_call, want_kept=False, leave_early=self.early > 0)
+
+    def build_mask(self) -> None:
+        """The block mask as `sale_attention` builds it, without a lookup in its mask_mod; into `mask`."""
+        query, key, value, scale = self._inputs
+        self.mask = None
+        bounds = make_bounds(query, key, None, None)
+        how = {"lookup": False, "leave_early": self.early > 0}
+        self.mask = build_block_mask(query, key, value, bounds, True, scale, self._config, **how)[0]
+
+    def attend(self) -> Tensor:
+        """Attention on `mask`, which is given up, ``[B, Hq, S, D]``."""
+        query, key, value, scale = self._inputs
+        assert self.mask is not None, f"{MASK!r} comes first"
+        mask, self.mask = self.mask, None
+        return run_flex(query, key, value, mask, scale, None)
+
+    def _attend_early(self) -> Tensor:
+        query, key, value = (x[:, :, : self.early] for x in self._inputs[:3])
+        grouped = query.shape[1] != key.shape[1]
+        scale = self._inputs.scale
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
