@@ -17,10 +17,10 @@ from .primitives import is_finite
 @triton.jit
 def _build_lists_kernel(
     hits_ptr, nonfinite_ptr, bounds_ptr,
-    kept_ptr, partial_num_ptr, partial_idx_ptr, full_num_ptr, full_idx_ptr,
-    q_len, kv_len, query_blocks, key_blocks, words, sink_tokens, local_tokens, min_length,
+    kept_ptr, partial_num_ptr, full_num_ptr, lists_ptr,
+    q_len, kv_len, query_blocks, key_blocks, words, sink_tokens, local_tokens, min_length, partial_width, full_width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_NONFINITE: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_NONFINITE: tl.constexpr, WANT_KEPT: tl.constexpr, LEAVE_EARLY: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Kept bits and index lists of one query block."""
     row = tl.program_id(0).to(tl.int64)  # (batch * HEADS + head) * query_blocks + query block
@@ -40,6 +40,8 @@ def _build_lists_kernel(
 
     partial_count = 0
     full_count = 0
+    partial_ptr = lists_ptr + row * (partial_width + full_width)
+    full_ptr = partial_ptr + partial_width
     bit_of = tl.arange(0, 32)
     for word in range(0, words, CHUNK // 32):
         word_at = word + tl.arange(0, CHUNK // 32)
@@ -53,8 +55,11 @@ def _build_lists_kernel(
         sink = tl.maximum(key_first, start) < start + sink_tokens
         always = sink | (key_next > low - local_tokens + 1) | early
         kept = (always | (((bits[:, None] >> bit_of[None, :]) & 1) == 1)) & visible
-        packed = tl.sum(kept.to(tl.int32) << bit_of[None, :], axis=1)
-        tl.store(kept_ptr + row * words + word_at, packed, mask=word_at < words)
+        if LEAVE_EARLY:
+            kept = kept & (early == 0)
+        if WANT_KEPT:
+            packed = tl.sum(kept.to(tl.int32) << bit_of[None, :], axis=1)
+            tl.store(kept_ptr + row * words + word_at, packed, mask=word_at < words)
 
         full = kept & (key_first >= start) & (tl.minimum(key_next, kv_len) - 1 <= first) & (last < end)
         block = tl.reshape(block, [CHUNK])
@@ -64,12 +69,12 @@ def _build_lists_kernel(
         both = tl.cumsum(full + (partial << 16), 0)
         full_at = full_count + (both & 0xFFFF) - full
         partial_at = partial_count + (both >> 16) - partial
-        tl.store(full_idx_ptr + row * key_blocks + full_at, block, mask=full == 1)
-        tl.store(partial_idx_ptr + row * key_blocks + partial_at, block, mask=partial == 1)
+        tl.store(full_ptr + full_at, block, mask=(full == 1) & (full_at < full_width))
+        tl.store(partial_ptr + partial_at, block, mask=(partial == 1) & (partial_at < partial_width))
         full_count += tl.sum(full, 0)
         partial_count += tl.sum(partial, 0)
-    tl.store(full_num_ptr + row, full_count)
-    tl.store(partial_num_ptr + row, partial_count)
+    tl.store(full_num_ptr + row, tl.minimum(full_count, full_width))
+    tl.store(partial_num_ptr + row, tl.minimum(partial_count, partial_width))
 
 
 @triton.jit
@@ -119,7 +124,11 @@ def build_lists(
     sink_tokens: int,
     local_tokens: int,
     min_length: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    partial_width: int,
+    full_width: int,
+    want_kept: bool,
+    leave_early: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Kept bits and the lists of partial and full blocks.
 
     Args:
@@ -134,20 +143,27 @@ def build_lists(
         sink_tokens: First valid keys whose blocks are always kept.
         local_tokens: Keys up to each row's position whose blocks are always kept.
         min_length: Query blocks with a row this close to the first valid key keep all they see.
+        partial_width: Room for partial blocks, in blocks; what finds none is left out.
+        full_width: Room for full blocks.
+        want_kept: Whether the kept bits are wanted.
+        leave_early: Whether query blocks that `min_length` is about keep nothing instead of everything.
 
     Returns:
-        kept int32 as `hits`, partial count int32 ``[B, Hq, nq]``, partial indices int32 ``[B, Hq, nq, nk]``, full count
-        and full indices likewise. Indices ascend; entries past the count are not written.
+        Kept bits int32 as `hits`, or none; counts of partial and of full blocks, int32 ``[B, Hq, nq]``; and int32
+        ``[B, Hq, nq, partial_width + full_width]``: indices of the partial blocks, then of the full ones. Indices
+        ascend; entries past the count are not written.
     """
     batch, heads, query_blocks, words = hits.shape
     key_blocks = triton.cdiv(kv_len, block_k)
-    kept = torch.empty_like(hits)
+    kept = torch.empty_like(hits) if want_kept else hits.new_empty(0)
     partial_num, full_num = (hits.new_empty(batch, heads, query_blocks) for _ in range(2))
-    partial_idx, full_idx = (hits.new_empty(batch, heads, query_blocks, key_blocks) for _ in range(2))
+    lists = hits.new_empty(batch, heads, query_blocks, partial_width + full_width)
     _build_lists_kernel[(batch * heads * query_blocks,)](
-        hits, nonfinite, bounds, kept, partial_num, partial_idx, full_num, full_idx,
+        hits, nonfinite, bounds, kept, partial_num, full_num, lists,
         q_len, kv_len, query_blocks, key_blocks, words, sink_tokens, local_tokens, min_length,
+        partial_width, full_width,
         HEADS=heads, KV_HEADS=kv_heads, BLOCK_Q=block_q, BLOCK_K=block_k, HAS_NONFINITE=nonfinite is not None,
+        WANT_KEPT=want_kept, LEAVE_EARLY=leave_early,
         CHUNK=min(256, max(64, triton.next_power_of_2(key_blocks))), num_warps=1,
     )  # fmt: skip
-    return kept, partial_num, partial_idx, full_num, full_idx
+    return kept, partial_num, full_num, lists

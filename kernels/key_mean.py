@@ -51,6 +51,6 @@ def key_mean(key: Tensor, bounds: Tensor, smooth_tokens: int) -> Tensor:
     block_d = triton.next_power_of_2(dim)
     _key_mean_kernel[(batch * heads,)](
         key, *key.stride(), bounds, mean, heads, smooth_tokens,
-        D=dim, BLOCK_D=block_d, BLOCK_S=4096 // block_d, num_warps=8,
+        D=dim, BLOCK_D=block_d, BLOCK_S=16384 // block_d, num_warps=16,
     )  # fmt: skip
     return mean

@@ -81,7 +81,9 @@ def test_threshold_zero_is_dense_attention(call, seed, threshold):
 def test_every_dtype_head_dim_and_block_size(dtype, head_dim, block_size, heads, kv_heads, bits):
     shape = Shape(450, 450, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, kv_range=((3, 449),))
     inputs = structured_inputs(shape, 0)
-    config = SaleConfig(threshold=0.3, min_length=0, local_tokens=32, block_size=block_size, bits=bits)
+    config = SaleConfig(
+        metric="relative", threshold=0.3, min_length=0, local_tokens=32, block_size=block_size, bits=bits
+    )
     mask, stats = create_sale_block_mask(inputs.query, inputs.key, config, stats=True, **shape.positions())
     if max(block_size) < 128:
         assert stats.density.mean() < 1
@@ -96,7 +98,7 @@ def example(q_len: int = 500, kv_len: int = 500, **changes) -> tuple[Shape, Inpu
     return shape, structured_inputs(shape, 4)
 
 
-SPARSE = SaleConfig(threshold=0.3, min_length=64, local_tokens=32, smooth_tokens=128)
+SPARSE = SaleConfig(metric="relative", threshold=0.3, min_length=64, local_tokens=32, smooth_tokens=128)
 
 
 def test_the_users_own_compiled_flex_attention_gives_the_same():
@@ -143,7 +145,7 @@ def test_chunked_prefill_gives_the_output_of_one_shot():
 def test_short_prompts_and_decoding_are_dense_and_say_so(q_len, kv_len, min_length, path, padded):
     kv_range = ((0, kv_len), (kv_len // 3, kv_len - 2)) if padded else None
     shape, inputs = example(q_len, kv_len, kv_range=kv_range)
-    config = SaleConfig(threshold=1e6, min_length=min_length, local_tokens=8, sink_tokens=4, smooth_tokens=32)
+    config = replace(SPARSE, threshold=1e6, min_length=min_length, local_tokens=8, sink_tokens=4, smooth_tokens=32)
     output, stats = sale_attention(*inputs, config, stats=True, **shape.positions())
     assert stats.path == path
     if path.startswith("dense"):
@@ -179,7 +181,9 @@ def test_one_head_may_be_dense_beside_sparse_ones():
     assert_attention_close(output, *inputs, seen)
 
 
-def test_strided_views_are_taken_as_they_are(monkeypatch):
+@pytest.mark.parametrize("metric", ["mass", "relative"])
+def test_strided_views_are_taken_as_they_are(metric, monkeypatch):
+    config = replace(SPARSE, metric=metric)
     shape, inputs = example(300, 300)
     views = Inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs))
     received: dict[str, list[torch.Tensor]] = {}
@@ -193,21 +197,23 @@ def test_strided_views_are_taken_as_they_are(monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    watch(ops, "key_mean", [0])
-    watch(ops, "quantize_rows", [0])
-    watch(ops, "quantize_groups", [0])
-    watch(ops, "row_limits", [0, 1])
-    watch(ops, "nonfinite_blocks", [0])
+    own = {
+        "mass": {"quantize_moments": [0], "mass_hits": [0, 1]},
+        "relative": {"quantize_rows": [0], "quantize_groups": [0], "row_limits": [0, 1]},
+    }[metric]
+    watched = {"key_mean": [0], "nonfinite_blocks": [0]} | own
+    for name, parameters in watched.items():
+        watch(ops, name, parameters)
     watch(sale_flex.attention, "run_flex", [0, 1, 2])
-    output = sale_attention(*views, SPARSE)
-    assert len(received) == 6
+    output = sale_attention(*views, config)
+    assert received.keys() == {*watched, "run_flex"}
     originals = {x.data_ptr(): x.stride() for x in views}
     for name, tensors in received.items():
         for tensor in tensors:
             assert originals.get(tensor.data_ptr()) == tensor.stride(), f"{name} got a copy"
     monkeypatch.undo()
-    mask = create_sale_block_mask(inputs.query, inputs.key, SPARSE)
-    assert torch.equal(block_map(mask).kept, block_map(create_sale_block_mask(*views[:2], SPARSE)).kept)
+    mask = create_sale_block_mask(inputs.query, inputs.key, config)
+    assert torch.equal(block_map(mask).kept, block_map(create_sale_block_mask(*views[:2], config)).kept)
     assert_attention_close(output, *inputs, seen_of(shape, mask))
 
 

@@ -152,7 +152,7 @@ def test_padding_that_is_all_of_a_row_is_no_error():
 
 
 BAD_CONFIGS = {
-    "metric": [(None, TypeError, "str, got NoneType"), ("mass", ValueError, "'relative', got 'mass'")],
+    "metric": [(None, TypeError, "str, got NoneType"), ("max", ValueError, "one of .*'mass', 'relative'.*got 'max'")],
     "threshold": [
         ("0.1", TypeError, "float or a float tensor .*got str"),
         (True, TypeError, "got bool"),
@@ -165,12 +165,17 @@ BAD_CONFIGS = {
         (torch.zeros(2, 2), ValueError, r"shape \[2, 2\]"),
         (torch.zeros(2).int(), ValueError, "floating-point tensor.*int32"),
     ],
+    "estimator": [("mean", ValueError, "one of .*'moments', 'scan'.*got 'mean'"), (None, ValueError, "got None")],
+    "query_pool": [(3, ValueError, "one of .*16.* rows, got 3"), (None, ValueError, "got None")],
+    "query_stride": [(32, ValueError, "None or one of .*16.* rows, got 32")],
+    "sub_block": [(1, ValueError, "one of .*64.* keys, got 1"), (128, ValueError, "keys, got 128")],
     "block_size": [((32, 32), ValueError, r"\(64, 64\).*got \(32, 32\)"), ((64,), ValueError, "query rows, keys")],
     "bits": [(2, ValueError, "4 or 8, got 2"), (16, ValueError, "4 or 8, got 16")],
     "sink_tokens": [(-1, ValueError, "at least 0 tokens, got -1"), (1.5, TypeError, "an int .*got 1.5")],
     "local_tokens": [(0, ValueError, "at least 1 tokens, got 0"), (None, TypeError, "an int .*got None")],
     "min_length": [(-1, ValueError, "at least 0 tokens, got -1"), (True, TypeError, "an int .*got True")],
     "smooth_tokens": [(-5, ValueError, "at least 0 tokens, got -5"), ("1k", TypeError, "an int .*got '1k'")],
+    "max_blocks": [(0, ValueError, "at least 1 blocks, got 0"), (2.0, TypeError, "an int .*blocks.*got 2.0")],
 }
 
 
@@ -181,6 +186,19 @@ def test_config_refuses(field):
             SaleConfig(**{field: value})
         with pytest.raises(error, match=f"{field} must "):
             replace(SaleConfig(), **{field: value})
+
+
+def test_a_sub_block_must_fit_its_block():
+    with pytest.raises(ValueError, match=r"sub_block must be at most the 32 keys of a block, got 64; take a smaller"):
+        replace(SaleConfig(sub_block=64), block_size=(64, 32))
+
+
+def test_index_lists_must_have_room_for_what_is_always_kept():
+    config = SaleConfig(max_blocks=4, min_length=200)
+    with pytest.raises(
+        ValueError, match=r"max_blocks must have room for the \d+ blocks that are kept in any case.*got 4"
+    ):
+        create_sale_block_mask(**tensors(config=config, key=torch.randn(2, 2, 600, 64), value=None))
 
 
 def test_every_option_is_checked():

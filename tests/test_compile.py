@@ -20,7 +20,7 @@ from sale_flex.testing import (
     structured_inputs,
 )
 
-CONFIG = SaleConfig(threshold=0.3, min_length=64, local_tokens=24, smooth_tokens=64)
+CONFIG = SaleConfig(metric="relative", threshold=0.3, min_length=64, local_tokens=24, smooth_tokens=64)
 
 
 compile_cheaply = partial(torch.compile, backend="eager")
@@ -42,8 +42,9 @@ def seen_of(shape: Shape, inputs: Inputs, config: SaleConfig = CONFIG) -> torch.
 LENGTHS = [*range(300, 700, 40), 257, 333, 512, 640, 701, 768, 645, 1000, 900, 811]
 
 
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
-def test_a_compiled_caller_has_one_graph_and_compiles_at_most_twice_over_twenty_lengths(backend):
+@pytest.mark.parametrize(("backend", "metric"), [("inductor", "mass"), ("aot_eager", "mass"), ("inductor", "relative")])
+def test_a_compiled_caller_has_one_graph_and_compiles_at_most_twice_over_twenty_lengths(backend, metric):
+    config = replace(CONFIG, metric=metric)
     assert len(set(LENGTHS)) == 20
     counter = CompileCounterWithBackend(backend)
 
@@ -51,7 +52,7 @@ def test_a_compiled_caller_has_one_graph_and_compiles_at_most_twice_over_twenty_
     project = torch.eye(32)
 
     def model(query, key, value):
-        return sale_attention(query * 1.0, key, value, CONFIG) @ project
+        return sale_attention(query * 1.0, key, value, config) @ project
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for length in LENGTHS:
@@ -59,15 +60,18 @@ def test_a_compiled_caller_has_one_graph_and_compiles_at_most_twice_over_twenty_
         inputs = structured_inputs(shape, length)
         output = compiled(*inputs)
         if length in LENGTHS[:3] or length == 811:
-            seen = seen_of(shape, inputs)
+            seen = seen_of(shape, inputs, config)
             assert not torch.equal(seen, causal_mask(shape).expand_as(seen))
             assert_attention_close(output, *inputs, seen)
     assert counter.frame_count <= 2
 
 
-def test_chunks_padding_and_stats_trace_without_a_break():
+@pytest.mark.parametrize("metric", ["mass", "relative"])
+def test_chunks_padding_and_stats_trace_without_a_break(metric):
+    config = replace(CONFIG, metric=metric)
+
     def model(query, key, value, offset, ranges):
-        return sale_attention(query, key, value, CONFIG, q_offset=offset, kv_range=ranges, stats=True)
+        return sale_attention(query, key, value, config, q_offset=offset, kv_range=ranges, stats=True)
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -76,11 +80,12 @@ def test_chunks_padding_and_stats_trace_without_a_break():
         inputs = structured_inputs(shape, kv_len)
         ranges = shape.positions()["kv_range"]
         output, stats = compiled(*inputs, torch.tensor(offset), ranges)
-        expected = sale_attention(*inputs, CONFIG, stats=True, **shape.positions()).stats
-        assert stats.path == expected.path == "torch scan + flex"
+        expected = sale_attention(*inputs, config, stats=True, **shape.positions()).stats
+        assert stats.path == expected.path
+        assert stats.path.endswith("+ flex")
         assert torch.equal(stats.kept_blocks, expected.kept_blocks)
         assert torch.equal(stats.visible_blocks, expected.visible_blocks)
-        assert_attention_close(output, *inputs, seen_of(shape, inputs))
+        assert_attention_close(output, *inputs, seen_of(shape, inputs, config))
     assert counter.frame_count <= 2
 
 

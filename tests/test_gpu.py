@@ -18,6 +18,7 @@ from sale_flex.testing import (
     block_map,
     causal_mask,
     expand_blocks,
+    mass_error_bound,
     random_inputs,
     structured_inputs,
 )
@@ -42,9 +43,24 @@ VARIANTS = {
 def variant(request):
     shape, block_size, bits = VARIANTS[request.param]
     config = SaleConfig(
-        threshold=0.1, min_length=0, local_tokens=48, smooth_tokens=200, block_size=block_size, bits=bits
+        metric="relative",
+        threshold=0.1,
+        min_length=0,
+        local_tokens=48,
+        smooth_tokens=200,
+        block_size=block_size,
+        bits=bits,
     )
     return shape, config, structured_inputs(shape, 1)
+
+
+MASS = {
+    "moments of 8": {},
+    "moments of 4, pools of 1": {"sub_block": 4, "query_pool": 1},
+    "moments of 32, pools of 16": {"sub_block": 32, "query_pool": 16},
+    "scan": {"estimator": "scan"},
+    "scan, every 8th row": {"estimator": "scan", "query_stride": 8},
+}
 
 
 def on_gpu(inputs: Inputs) -> Inputs:
@@ -77,6 +93,32 @@ def test_codes_and_scales_are_the_references_bit_for_bit(variant):
     if config.bits == 4:
         packed, _ = ops.quantize_groups(key, mean.cuda(), bounds.cuda(), group, 4, True)
         assert torch.equal(unpack_int4(packed), got_codes)
+
+
+@pytest.mark.parametrize("estimate", MASS.values(), ids=MASS)
+def test_moments_are_the_references_bit_for_bit(variant, estimate):
+    shape, config, inputs = variant
+    bounds = reference.make_bounds(shape.batch, shape.q_len, shape.kv_len, **shape.positions())
+    mean = reference.key_mean(inputs.key, bounds, config.smooth_tokens)
+    options = reference.mass_options(replace(config, metric="mass", **estimate))
+    sizes = options.block_size[1], options.sub_block, config.bits
+    expected = reference.quantize_moments(inputs.key, mean, bounds, *sizes)
+    *got, _ = ops.quantize_moments(on_gpu(inputs).key, mean.cuda(), bounds.cuda(), *sizes)
+    for x, wanted in zip(got, expected):
+        assert torch.equal(x[:, :, : wanted.shape[2]].cpu(), wanted)
+        assert not x[:, :, wanted.shape[2] :].any()
+
+
+@pytest.mark.parametrize("estimate", MASS.values(), ids=MASS)
+def test_blocks_of_the_mass_rule_are_the_references(variant, estimate, record_property):
+    shape, config, inputs = variant
+    config = replace(config, metric="mass", threshold=0.05, **estimate)
+    expected = reference.keep_map(inputs.query, inputs.key, config, dtype=torch.float64, **shape.positions())
+    query, key, _ = on_gpu(inputs)
+    kept = block_map(create_sale_block_mask(query, key, config, **shape.positions("cuda"))).kept.cpu()
+    differing = assert_same_blocks(kept, expected, mass_error_bound(inputs.query, inputs.key))
+    record_property("blocks on the threshold that differ", differing)
+    assert differing <= 3
 
 
 @pytest.mark.parametrize("one_shot", [False, True])
@@ -113,7 +155,7 @@ def test_output_is_attention_over_the_kept_blocks(variant):
 
 
 FIRST = VARIANTS["bf16 128"][0]
-CONFIG = SaleConfig(threshold=0.1, min_length=0, local_tokens=48, smooth_tokens=200)
+CONFIG = SaleConfig(metric="relative", threshold=0.1, min_length=0, local_tokens=48, smooth_tokens=200)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
@@ -215,7 +257,7 @@ def test_memory_beyond_inputs_and_output_is_at_most_one_and_a_half_times_the_que
         torch.randn(1, heads, shape.kv_len, 128, device="cuda", dtype=shape.dtype, generator=generator)
         for heads in sizes
     ]
-    config = SaleConfig(threshold=1.0)
+    config = SaleConfig(metric="relative", threshold=1.0, min_length=1024)
     sale_attention(*inputs, config)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -224,6 +266,23 @@ def test_memory_beyond_inputs_and_output_is_at_most_one_and_a_half_times_the_que
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before - output.nbytes
     assert extra <= 1.5 * inputs[0].nbytes
+
+
+def test_memory_of_the_default_rule_is_below_a_quarter_of_the_query_at_128_thousand_tokens():
+    shape = Shape(131072, 131072, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    generator = torch.Generator("cuda").manual_seed(0)
+    inputs = [
+        torch.randn(1, heads, shape.kv_len, 128, device="cuda", dtype=shape.dtype, generator=generator)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    ]
+    sale_attention(*inputs, SaleConfig())
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    output = sale_attention(*inputs, SaleConfig())
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before - output.nbytes
+    assert extra <= 0.25 * inputs[0].nbytes
 
 
 def test_offsets_beyond_two_to_the_31_elements():

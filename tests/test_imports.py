@@ -15,16 +15,29 @@ import sale_flex
 ROOT = Path(__file__).resolve().parents[1]
 
 ARROWS: dict[str, set[str]] = {
-    "attention": {"block_mask", "compiler", "config", "flex", "geometry", "stats", "validation"},
-    "block_mask": {"config", "geometry", "mask_mods", "ops", "rules", "stats", "validation"},
+    "attention": {"block_mask", "break_even", "compiler", "config", "flex", "geometry", "stats", "validation"},
+    "bench": {"", "attention", "block_mask", "break_even", "cli", "config", "flex", "index_lists", "ops", "testing"},
+    "block_mask": {
+        "break_even",
+        "config",
+        "geometry",
+        "index_lists",
+        "mask_mods",
+        "ops",
+        "rules",
+        "stats",
+        "validation",
+    },
     "bounds": set(),
-    "cli": {"", "demo", "info"},
+    "break_even": {"config"},
+    "cli": {"", "bench", "demo", "info"},
     "compiler": set(),
     "config": set(),
-    "demo": {"", "cli", "config"},
+    "demo": {"", "cli", "config", "testing"},
     "fallback": {"geometry", "packing"},
     "flex": set(),
     "geometry": set(),
+    "index_lists": {"config", "ops"},
     "info": {"cli", "config", "flex"},
     "kernels": set(),
     "mask_mods": {"ops"},
@@ -39,6 +52,7 @@ ARROWS: dict[str, set[str]] = {
 """Module (or folder) of sale_flex -> the others it may import, at any depth of its code; "" is the package itself."""
 
 FOREIGN = {
+    "bench": {"matplotlib", "rich", "safetensors", "torch", "transformers"},
     "demo": {"matplotlib", "rich", "safetensors", "tokenizers", "torch", "transformers"},
     "kernels": {"torch", "triton"},
     "testing": {"hypothesis", "torch"},
@@ -97,7 +111,7 @@ def test_importing_the_package_imports_torch_alone(tmp_path):
 
 
 def test_importing_the_package_leaves_the_optional_alone(tmp_path):
-    optional = {*FOREIGN["demo"], *FOREIGN["testing"], *FOREIGN["kernels"], "sale_flex.kernels"}
+    optional = {*FOREIGN["bench"], *FOREIGN["demo"], *FOREIGN["testing"], *FOREIGN["kernels"], "sale_flex.kernels"}
     code = f"import sys, sale_flex; print(*({optional - {'torch'}!r} & set(sys.modules)))"
     assert python(code, cwd=tmp_path) == ""
 

@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The same tokens choose the same blocks however they arrive: in chunks, padded, in a batch, in any order of heads.
 
-Sums over differently shaped tiles differ in their last bits, so a block on the very threshold may change sides; every
-comparison allows that within 1e-5 of the threshold, by the reference's margin, and nothing else.
+Sums over differently shaped tiles differ in their last bits, so a block on the very threshold may change sides. Every
+comparison allows that by the reference's margin, within 1e-5 of the threshold for the relative rule and within
+`mass_error_bound` for the mass rule, and nothing else.
 """
 
 from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
 from sale_flex import SaleConfig, create_sale_block_mask, ops, reference
 from sale_flex.reference import KeepMap
-from sale_flex.testing import Inputs, Shape, assert_same_blocks, block_map, structured_inputs
+from sale_flex.testing import Inputs, Shape, assert_same_blocks, block_map, mass_error_bound, structured_inputs
 from sale_flex.testing.strategies import calls, configs, seeds, shapes
 
 WHOLE = shapes(min_tokens=300, max_tokens=700, batch=1, groups=(1, 2, 3), head_dims=(32,), chunked=False, padded=False)
 SELECTIVE = configs(max_min_length=100, max_window=24)
+RELATIVE = configs(metrics=("relative",), max_min_length=100, max_window=24)
 
 
 def kept(inputs: Inputs, config: SaleConfig, **where) -> torch.Tensor:
@@ -34,6 +37,11 @@ def one_shot(inputs: Inputs, config: SaleConfig, **where) -> KeepMap:
     return margins._replace(kept=chosen)
 
 
+def within(inputs: Inputs, config: SaleConfig) -> float:
+    """How far from the threshold a block may be that changes sides."""
+    return mass_error_bound(inputs.query, inputs.key) if config.metric == "mass" else 1e-5
+
+
 def rows_of(expected: KeepMap, rows: slice, columns: slice) -> KeepMap:
     return KeepMap(*(x[:, :, rows, columns] for x in expected))
 
@@ -41,16 +49,21 @@ def rows_of(expected: KeepMap, rows: slice, columns: slice) -> KeepMap:
 def check_keys_of_chunk(key: torch.Tensor, of_chunk: torch.Tensor, config: SaleConfig, start: int) -> None:
     """Assert that a chunk's keys have the codes and scales of the one shot, but for a group that the chunk cuts."""
     group = config.block_size[1]
-    results = []
-    for x in (key, of_chunk):
+
+    def coded(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         bounds = reference.make_bounds(1, 1, x.shape[2], kv_range=torch.tensor([[start, x.shape[2]]]))
         mean = ops.key_mean(x, bounds, config.smooth_tokens)
-        results.append((mean, *ops.quantize_groups(x, mean, bounds, group, config.bits)))
-    (mean, codes, scale), (chunk_mean, chunk_codes, chunk_scale) = results
-    assert torch.equal(chunk_mean, mean)
-    groups = (of_chunk.shape[2] - start) // group
-    assert torch.equal(chunk_codes[:, :, : start + groups * group], codes[:, :, : start + groups * group])
-    assert torch.equal(chunk_scale[..., :groups], scale[..., :groups])
+        if config.metric == "relative":
+            codes, scale = ops.quantize_groups(x, mean, bounds, group, config.bits)
+            groups = (of_chunk.shape[2] - start) // group
+            return mean, codes[:, :, : start + groups * group], scale[..., :groups]
+        sub_block = reference.mass_options(config).sub_block
+        *codes_and_scales, _ = ops.quantize_moments(x, mean, bounds, group, sub_block, config.bits)
+        blocks = of_chunk.shape[2] // group
+        return mean, *(x[:, :, : blocks * (group // sub_block if x.dim() == 4 else 1)] for x in codes_and_scales)
+
+    for ours, of_whole in zip(coded(of_chunk), coded(key)):
+        assert torch.equal(ours, of_whole)
 
 
 @given(WHOLE, seeds(), SELECTIVE, st.data())
@@ -74,7 +87,8 @@ def test_chunks_choose_the_blocks_of_one_shot(shape, seed, config, data):
         chosen = kept(chunk, config, kv_range=torch.tensor([[start, stop]]))
         check_keys_of_chunk(inputs.key, chunk.key, config, start)
         rows = slice(begin // block_q, -(-stop // block_q))
-        assert_same_blocks(chosen, rows_of(expected, rows, slice(0, -(-stop // block_k))))
+        columns = slice(0, -(-stop // block_k))
+        assert_same_blocks(chosen, rows_of(expected, rows, columns), within(inputs, config))
         assert not expected.kept[:, :, rows, -(-stop // block_k) :].any()
 
 
@@ -86,7 +100,7 @@ def test_right_padding_by_anything_changes_no_block(shape, seed, config, amount,
     options = {"kv_range": torch.tensor([[0, shape.kv_len]]), "q_offset": 0, "value": padded.value}
     chosen = kept(padded, config, **options)
     rows, columns = expected.kept.shape[2:]
-    assert_same_blocks(chosen[:, :, :rows, :columns], expected)
+    assert_same_blocks(chosen[:, :, :rows, :columns], expected, within(inputs, config))
     assert not chosen[:, :, rows:].any()
     assert not chosen[:, :, :, columns:].any()
 
@@ -99,13 +113,15 @@ def test_left_padding_by_whole_blocks_changes_no_block(shape, seed, config, bloc
     padded = Inputs(*(torch.nn.functional.pad(x, (0, 0, amount, 0), value=garbage) for x in inputs))
     chosen = kept(padded, config, kv_range=torch.tensor([[amount, amount + shape.kv_len]]), value=padded.value)
     rows, columns = amount // config.block_size[0], amount // config.block_size[1]
-    assert_same_blocks(chosen[:, :, rows:, columns:], expected)
+    assert_same_blocks(chosen[:, :, rows:, columns:], expected, within(inputs, config))
     assert not chosen[:, :, :rows].any()
     assert not chosen[:, :, :, :columns].any()
 
 
-@given(WHOLE, seeds(), SELECTIVE, st.integers(1, 200), st.floats(-100, 100))
-def test_left_padding_that_shifts_the_grid_changes_no_statistic_and_no_score(shape, seed, config, amount, garbage):
+@given(WHOLE, seeds(), RELATIVE, st.integers(1, 200), st.floats(-100, 100))
+def test_left_padding_that_shifts_the_grid_changes_no_statistic_and_no_score_of_the_relative_rule(
+    shape, seed, config, amount, garbage
+):
     inputs = structured_inputs(shape, seed)
     group, bits = config.block_size[1], config.bits
     results = []
@@ -146,7 +162,7 @@ def test_a_batch_row_chooses_its_blocks_alone(call, seed):
         row = Inputs(*(x[b : b + 1] for x in inputs))
         ranges = None if where["kv_range"] is None else where["kv_range"][b : b + 1]
         alone = one_shot(row, config, q_offset=where["q_offset"], kv_range=ranges)
-        assert_same_blocks(together[b : b + 1], alone)
+        assert_same_blocks(together[b : b + 1], alone, within(row, config))
 
 
 @given(
@@ -164,16 +180,17 @@ def test_heads_choose_their_blocks_whatever_their_order(shape, seed, config, ord
     expected = one_shot(inputs, replace(config, threshold=tau), **shape.positions())
     chosen = kept(ordered, replace(config, threshold=tau[query_order]), **shape.positions())
     shuffled = KeepMap(*(x if x.shape[1] == 1 else x[:, query_order] for x in expected))
-    assert_same_blocks(chosen, shuffled)
+    assert_same_blocks(chosen, shuffled, within(inputs, config))
 
 
+@pytest.mark.parametrize("metric", ["mass", "relative"])
 @given(seeds(), st.integers(1, 60))
-def test_keys_after_a_row_change_nothing_for_it(seed, later):
+def test_keys_after_a_row_change_nothing_for_it(metric, seed, later):
     shape = Shape(512, 512, heads=2, kv_heads=1, head_dim=32)
-    config = SaleConfig(threshold=0.1, min_length=0, local_tokens=32, smooth_tokens=128)
+    config = SaleConfig(metric=metric, threshold=0.1, min_length=0, local_tokens=32, smooth_tokens=128)
     inputs = structured_inputs(shape, seed)
     expected = one_shot(inputs, config)
     changed = inputs.key.clone()
     changed[:, :, -later:] *= 100
     chosen = kept(inputs._replace(key=changed), config)
-    assert_same_blocks(chosen[:, :, :-1], rows_of(expected, slice(0, -1), slice(None)))
+    assert_same_blocks(chosen[:, :, :-1], rows_of(expected, slice(0, -1), slice(None)), within(inputs, config))

@@ -45,13 +45,16 @@ VARIANTS = (
 
 
 def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
-    """Make a mask for 32K tokens and 32 heads that share 8 heads of keys, unpadded and padded, and pack its codes."""
+    """Make masks for 32K tokens and 32 heads that share 8 heads of keys, by both rules, and pack codes."""
     from sale_flex import SaleConfig, create_sale_block_mask, ops
 
     query, key = (torch.empty(1, heads, 32768, dim, dtype=getattr(torch, dtype), device="meta") for heads in (32, 8))
-    config = SaleConfig(block_size=(block_q, block_k))
-    create_sale_block_mask(query, key, config, value=key)
-    create_sale_block_mask(query, key, config, kv_range=torch.empty(1, 2, dtype=torch.int32, device="meta"))
+    sizes = {"block_size": (block_q, block_k), "min_length": 1024}
+    relative = SaleConfig(metric="relative", **sizes)
+    create_sale_block_mask(query, key, relative, value=key)
+    create_sale_block_mask(query, key, relative, kv_range=torch.empty(1, 2, dtype=torch.int32, device="meta"))
+    for estimator in ("moments", "scan"):
+        create_sale_block_mask(query, key, SaleConfig(estimator=estimator, **sizes))
     ops.quantize_rows(query, 4, packed=True)
 
 
@@ -146,7 +149,7 @@ def test_scan_uses_the_int8_matrix_instruction(builds):
     capability, reports = builds
     expected = int8_instruction(divmod(capability, 10))
     for report in reports:
-        if report["kernel"] == "_scan_max_kernel":
+        if report["kernel"] in ("_mass_hits_kernel", "_scan_max_kernel"):
             assert report["matrix_instructions"], report
             for instruction in report["matrix_instructions"]:
                 assert instruction.startswith(tuple(expected.split(" or "))), report

@@ -12,7 +12,7 @@ from sale_flex.kernels import lookup
 from sale_flex.mask_mods import kept_block
 from sale_flex.testing import Shape, structured_inputs
 
-CONFIG = SaleConfig(threshold=0.3, min_length=64, local_tokens=64, smooth_tokens=128)
+CONFIG = SaleConfig(metric="relative", threshold=0.3, min_length=64, local_tokens=64, smooth_tokens=128)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

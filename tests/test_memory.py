@@ -16,20 +16,21 @@ from sale_flex.testing import Shape, structured_inputs
 
 shape = Shape(16384, 16384, heads=8, kv_heads=int(sys.argv[1]), head_dim=64)
 inputs = structured_inputs(shape)
-config = SaleConfig(threshold=0.1)
+config = SaleConfig(metric=sys.argv[3], threshold=0.1, min_length=1024)
 if sys.argv[2] == "mask":
     _, stats = create_sale_block_mask(inputs.query, inputs.key, config, stats=True)
 else:
     _, stats = sale_attention(*inputs, config, stats=True)
-assert "scan" in stats.path
+assert "flex" in stats.path
 kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(kib if sys.platform.startswith("linux") else kib // 1024, float(stats.density.mean()))
 """
 
 
+@pytest.mark.parametrize("metric", ["mass", "relative"])
 @pytest.mark.parametrize(("kv_heads", "call"), [(1, "mask"), (8, "attention")])
-def test_sixteen_thousand_tokens_fit_in_four_gib(kv_heads, call):
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(kv_heads), call], capture_output=True, text=True)
+def test_sixteen_thousand_tokens_fit_in_four_gib(kv_heads, call, metric):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(kv_heads), call, metric], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kib, density = done.stdout.split()
     assert int(kib) < 4 * 2**20

@@ -49,6 +49,7 @@ def plant(inputs: Inputs, where: str, seed: int, special: float, count: int) -> 
 )
 def test_the_sparse_output_is_nonfinite_where_the_dense_one_is(call, seed, where, special, count):
     shape, config = call
+    config = replace(config, query_stride=None)  # of other rows than those that it scores, a stride knows nothing
     inputs = plant(structured_inputs(shape, seed), where, seed, special, count)
     sparse = sale_attention(*inputs, config, **shape.positions())
     # Dense through the same kernel: a tile multiplies what a row does not see by 0, and 0 times NaN is NaN.
@@ -66,7 +67,7 @@ def test_the_sparse_output_is_nonfinite_where_the_dense_one_is(call, seed, where
 )
 def test_blocks_with_a_nonfinite_score_or_value_are_kept(call, seed, where, special, count):
     shape, config = call
-    config = replace(config, threshold=1e6)
+    config = replace(config, threshold=1e6, query_stride=None)
     inputs = plant(structured_inputs(shape, seed), where, seed, special, count)
     mask = create_sale_block_mask(inputs.query, inputs.key, config, value=inputs.value, **shape.positions())
     group = shape.heads // shape.kv_heads
@@ -76,7 +77,12 @@ def test_blocks_with_a_nonfinite_score_or_value_are_kept(call, seed, where, spec
     assert not (bad_blocks & ~block_map(mask).kept).any()
 
 
-@given(configs(max_min_length=0, max_window=24), seeds(), st.sampled_from(["query", "key", "value"]), SPECIALS)
+@given(
+    configs(metrics=("relative",), max_min_length=0, max_window=24),
+    seeds(),
+    st.sampled_from(["query", "key", "value"]),
+    SPECIALS,
+)
 def test_blocks_without_one_are_chosen_as_before(config, seed, where, special):
     shape = Shape(600, 600, heads=4, kv_heads=2, head_dim=32)
     # No smoothing, or a non-finite key is left out of the mean, which moves every key.
@@ -102,10 +108,11 @@ def test_blocks_without_one_are_chosen_as_before(config, seed, where, special):
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("where", ["query", "key"])
-def test_nonfinite_padding_changes_no_output(where, garbage):
+@pytest.mark.parametrize("metric", ["mass", "relative"])
+def test_nonfinite_padding_changes_no_output(metric, where, garbage):
     ranges = ((0, 333), (90, 470))
     shape = Shape(500, 500, batch=2, heads=6, kv_heads=2, head_dim=32, kv_range=ranges)
-    config = SaleConfig(threshold=0.3, min_length=0, local_tokens=24, smooth_tokens=100)
+    config = SaleConfig(metric=metric, threshold=0.3, min_length=0, local_tokens=24, smooth_tokens=100)
     inputs = structured_inputs(shape, 7)
     expected = sale_attention(*inputs, config, **shape.positions())
     tensor = getattr(inputs, where).clone()
@@ -118,7 +125,7 @@ def test_nonfinite_padding_changes_no_output(where, garbage):
 
 def test_an_infinite_query_of_one_row_leaves_the_rows_beside_it_exact():
     shape = Shape(500, 500, batch=2, heads=6, kv_heads=2, head_dim=32)
-    config = SaleConfig(threshold=0.0, min_length=0)
+    config = SaleConfig(metric="relative", threshold=0.0, min_length=0)
     inputs = structured_inputs(shape, 8)
     expected = sale_attention(*inputs, config)
     query = inputs.query.clone()

@@ -13,8 +13,10 @@ OPS = [
     "build_lists",
     "kept_table",
     "key_mean",
+    "mass_hits",
     "nonfinite_blocks",
     "quantize_groups",
+    "quantize_moments",
     "quantize_rows",
     "query_bounds",
     "row_limits",
@@ -30,13 +32,12 @@ SHAPES = {
 
 
 def arguments(shape: Shape, transposed: bool) -> dict[str, tuple]:
-    """What every op is called with in one call of the relative rule."""
+    """What every op is called with in one call of each rule."""
     inputs = structured_inputs(shape, 0)
     if transposed:
         inputs = type(inputs)(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs))
     query, key, value = inputs
-    config = SaleConfig()
-    block_q, block_k = config.block_size
+    block_q, block_k = SaleConfig().block_size
     where = shape.positions()
     offset = None if where["q_offset"] is None else torch.tensor(where["q_offset"])
     calls: dict[str, tuple] = {}
@@ -53,8 +54,11 @@ def arguments(shape: Shape, transposed: bool) -> dict[str, tuple]:
     limit = call("row_limits", query, key, mean, query_scale, bounds, tau, 0.125, 32, 64)
     lengths = shape.q_len, shape.kv_len, block_q, block_k
     hits = call("scan_max", query_codes, limit, key_codes, key_scale, bounds, *lengths, 64, shape.kv_range is None)
+    moments = call("quantize_moments", key, mean, bounds, block_k, 8, 4)
+    sizes = block_q, block_k, 8, 4, False, 4  # of blocks, sub-blocks and pools, and the width of codes
+    call("mass_hits", query, key, mean, *moments, bounds, tau, 0.125, *sizes, 32, 64, 3)
     nonfinite = call("nonfinite_blocks", value, bounds, block_k)
-    kept, *_ = call("build_lists", hits, nonfinite, bounds, shape.kv_heads, *lengths, 32, 64, 0)
+    kept, *_ = call("build_lists", hits, nonfinite, bounds, shape.kv_heads, *lengths, 32, 64, 0, 4, 9, True, False)
     call("kept_table", kept, block_q, block_k, kept.numel() + 7)
     return calls
 
@@ -82,9 +86,10 @@ def test_opcheck_of_the_packed_form(name):
     assert set(torch.library.opcheck(getattr(ops, name), args).values()) == {"SUCCESS"}
 
 
-def test_opcheck_without_values():
-    hits, _, *rest = arguments(SHAPES["plain"], False)["build_lists"]
-    assert set(torch.library.opcheck(ops.build_lists, (hits, None, *rest)).values()) == {"SUCCESS"}
+def test_opcheck_without_values_and_kept_bits():
+    hits, _, *rest, _want_kept, leave_early = arguments(SHAPES["plain"], False)["build_lists"]
+    without = hits, None, *rest, False, leave_early
+    assert set(torch.library.opcheck(ops.build_lists, without).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The oracle itself, against the definition in DESIGN.md written out element by element."""
+"""The oracle of the relative rule, against the definition in DESIGN.md written out element by element."""
 
 import math
 
@@ -65,7 +65,7 @@ def keep_by_definition(shape: Shape, query, key, config) -> dict[tuple[int, int,
 @given(
     shapes(max_tokens=150, min_tokens=64, batch=1, kv_heads=(1,), groups=(1, 2), head_dims=(32,)),
     seeds(),
-    configs(max_min_length=80),
+    configs(metrics=("relative",), max_min_length=80),
 )
 def test_keep_map_is_the_definition(shape, seed, config):
     if isinstance(config.threshold, torch.Tensor):
@@ -98,7 +98,7 @@ def test_keep_map_of_a_row_worked_out_by_hand():
     options = {"min_length": 0, "smooth_tokens": 0, "sink_tokens": 1, "local_tokens": 64}
     total = math.exp(2) + 64
     for share, kept in ((1.001, False), (0.999, True)):
-        config = SaleConfig(threshold=share / total, **options)
+        config = SaleConfig(metric="relative", threshold=share / total, **options)
         result = reference.keep_map(query, key, config, scale=scale, dtype=torch.float64)
         assert bool(result.kept[0, 0, 3, 1]) is kept
         assert result.kept[0, 0, 3].tolist() == [True, kept, True, True]  # sink, in question, local, diagonal
@@ -119,7 +119,7 @@ def test_masked_attention_over_everything_is_dense_attention(shape, seed):
 def test_float32_and_float64_agree_off_the_threshold(dtype):
     shape = Shape(512, 512, heads=4, kv_heads=2, head_dim=32)
     query, key, _ = structured_inputs(shape, 3)
-    config = SaleConfig(threshold=0.05, min_length=0, local_tokens=64)
+    config = SaleConfig(metric="relative", threshold=0.05, min_length=0, local_tokens=64)
     exact = reference.keep_map(query, key, config, dtype=torch.float64)
     got = reference.keep_map(query, key, config, dtype=dtype)
     assert 0.2 < exact.kept.sum() / (4 * exact.visible.sum()) < 0.8  # the rule decides something here

@@ -13,7 +13,7 @@ from sale_flex import SaleConfig, reference
 from sale_flex.config import BLOCK_SIZES
 from sale_flex.fallback import compact, quantize, row_limits, scan
 from sale_flex.fallback.bits import pack_bits, unpack_bits
-from sale_flex.geometry import Grid, always_blocks, full_blocks, visible_blocks
+from sale_flex.geometry import Grid, always_blocks, early_blocks, full_blocks, visible_blocks
 from sale_flex.testing import (
     Shape,
     any_in_block,
@@ -30,6 +30,7 @@ from sale_flex.testing.strategies import HEAD_DIMS, block_maps, configs, seeds, 
 # The interpreter computes with numpy, which warns where IEEE arithmetic is meant: ln 0, inf - inf, casts of NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
 
+RELATIVE = configs(metrics=("relative",))
 SMALL = shapes(max_tokens=260, min_tokens=70, head_dims=HEAD_DIMS, kv_heads=(1, 2), groups=(1, 2, 3), batch=1)
 
 
@@ -74,7 +75,7 @@ def check_limits(implementation, shape, seed, config):
     assert ((got - exact).abs() <= bound)[~special].all()
 
 
-@given(shapes(max_tokens=700, dtypes=(torch.float32, torch.bfloat16, torch.float16)), seeds(), configs())
+@given(shapes(max_tokens=700, dtypes=(torch.float32, torch.bfloat16, torch.float16)), seeds(), RELATIVE)
 def test_limits_of_the_torch_path(shape, seed, config):
     check_limits(row_limits, shape, seed, config)
 
@@ -90,7 +91,7 @@ def test_limits_of_the_torch_path(shape, seed, config):
         batch=1,
     ),
     seeds(),
-    configs(),
+    RELATIVE,
 )
 def test_limits_of_the_kernel(shape, seed, config):
     check_limits(kernel("row_limits"), shape, seed, config)
@@ -147,7 +148,7 @@ def check_scan(implementation, shape, seed, config, special):
 def test_scan_of_keys_that_start_anywhere(block_size, start):
     # The columns of every block before such a start belong to the group before.
     shape = Shape(330, 330, heads=2, kv_heads=1, head_dim=32, kv_range=((start, 325),))
-    config = SaleConfig(block_size=block_size, sink_tokens=0)
+    config = SaleConfig(metric="relative", block_size=block_size, sink_tokens=0)
     for implementation in (scan, kernel("scan")):
         for seed in (1, 2):
             check_scan(implementation, shape, seed, config, torch.nan)
@@ -171,12 +172,12 @@ def test_scan_takes_no_padding_for_a_key(block_size):
 SPECIAL_LIMITS = st.sampled_from([0.0, -torch.inf, torch.inf, torch.nan])
 
 
-@given(shapes(max_tokens=900), seeds(), configs(), SPECIAL_LIMITS)
+@given(shapes(max_tokens=900), seeds(), RELATIVE, SPECIAL_LIMITS)
 def test_scan_of_the_torch_path(shape, seed, config, special):
     check_scan(scan, shape, seed, config, special)
 
 
-@given(SMALL, seeds(), configs(), SPECIAL_LIMITS)
+@given(SMALL, seeds(), RELATIVE, SPECIAL_LIMITS)
 def test_scan_of_the_kernel(shape, seed, config, special):
     check_scan(kernel("scan"), shape, seed, config, special)
 
@@ -220,13 +221,15 @@ def test_nonfinite_blocks_of_the_kernel(shape, seed, block_k, special):
 
 
 def check_lists(implementation, data, shape, config):
-    """Assert that lists are what the masks of geometry, the hits and the flags of values add up to."""
+    """Assert that lists are what the masks of geometry, hits and flags of values add up to, as far as there is room."""
     grid = Grid(shape.q_len, shape.kv_len, *config.block_size)
     bounds = reference.make_bounds(shape.batch, shape.q_len, shape.kv_len, **shape.positions())
     hits = data.draw(block_maps(shape.batch, shape.heads, grid.query_blocks, grid.key_blocks))
     flags = data.draw(st.none() | block_maps(shape.batch, 1, shape.kv_heads, grid.key_blocks))
     nonfinite = None if flags is None else pack_bits(flags[:, 0])
-    words, *lists = implementation.build_lists(
+    widths = [data.draw(st.just(grid.key_blocks) | st.integers(0, grid.key_blocks + 4)) for _ in range(2)]
+    want_kept, leave_early = data.draw(st.booleans()), data.draw(st.booleans())
+    words, *numbers, indices = implementation.build_lists(
         pack_bits(hits),
         nonfinite,
         bounds,
@@ -237,16 +240,23 @@ def check_lists(implementation, data, shape, config):
         config.sink_tokens,
         config.local_tokens,
         config.min_length,
+        *widths,
+        want_kept,
+        leave_early,
     )
     kept = hits | always_blocks(bounds, grid, config.sink_tokens, config.local_tokens, config.min_length)[:, None]
     if flags is not None:
         kept |= flags[:, 0].repeat_interleave(shape.heads // shape.kv_heads, 1)[:, :, None]
     kept &= visible_blocks(bounds, grid)[:, None]
+    if leave_early:
+        kept &= ~early_blocks(bounds, grid, config.min_length)[:, None, :, None]
     full = full_blocks(bounds, grid)[:, None]
-    assert all(x.dtype == torch.int32 for x in (words, *lists))
-    assert torch.equal(words, pack_bits(kept))
-    assert torch.equal(decode_list(*lists[:2], grid.key_blocks), kept & ~full)
-    assert torch.equal(decode_list(*lists[2:], grid.key_blocks), kept & full)
+    assert all(x.dtype == torch.int32 for x in (words, *numbers, indices))
+    assert torch.equal(words, pack_bits(kept)) if want_kept else words.numel() == 0
+    of_kind = kept & ~full, kept & full
+    for number, listed, wanted, width in zip(numbers, indices.split(widths, -1), of_kind, widths):
+        room = wanted & (wanted.cumsum(-1) <= width)  # the first ones
+        assert torch.equal(decode_list(number, listed, grid.key_blocks), room)
 
 
 NARROW = configs(max_min_length=40, max_window=20)
@@ -271,7 +281,8 @@ def test_a_nonfinite_value_keeps_its_blocks_for_the_query_heads_that_share_it(gr
     flags[0, 1, 3] = True
     hits = torch.zeros(1, 2 * group, 20, 1, dtype=torch.int32)
     for implementation in (compact, kernel("compact")):
-        words, *_ = implementation.build_lists(hits, pack_bits(flags), bounds, 2, *lengths, 64, 64, 0, 1, 0)
+        rest = 64, 64, 0, 1, 0, 30, 30, True, False
+        words, *_ = implementation.build_lists(hits, pack_bits(flags), bounds, 2, *lengths, *rest)
         kept = unpack_bits(words, 30)[0, :, :, 3].all(-1)
         assert kept.tolist() == [False] * group + [True] * group
 
@@ -282,12 +293,15 @@ def test_lists_of_the_kernel_beyond_one_chunk_of_blocks():
     grid = Grid(q_len, kv_len, 64, 32)
     bounds = torch.tensor([[kv_len - q_len, 0, kv_len]], dtype=torch.int32)
     hits = torch.rand(1, 1, 1, 1100, generator=torch.Generator().manual_seed(0)) < 0.5
-    arguments = (pack_bits(hits), None, bounds, 1, q_len, kv_len, 64, 32, 32, 64, 0)
-    words, *lists = kernel("compact").build_lists(*arguments)
-    expected_words, *expected = compact.build_lists(*arguments)
+    widths = 40, 500
+    arguments = (pack_bits(hits), None, bounds, 1, q_len, kv_len, 64, 32, 32, 64, 0, *widths, True, False)
+    words, *numbers, indices = kernel("compact").build_lists(*arguments)
+    expected_words, *expected_numbers, expected = compact.build_lists(*arguments)
     assert torch.equal(words, expected_words)
-    for num, indices, wanted in ((*lists[:2], expected[:2]), (*lists[2:], expected[2:])):
-        assert torch.equal(decode_list(num, indices, grid.key_blocks), decode_list(*wanted, grid.key_blocks))
+    assert int(numbers[1]) == 500  # more than there is room for
+    lists, expected_lists = (zip(n, x.split(widths, -1)) for n, x in ((numbers, indices), (expected_numbers, expected)))
+    for got, wanted in zip(lists, expected_lists):
+        assert torch.equal(decode_list(*got, grid.key_blocks), decode_list(*wanted, grid.key_blocks))
 
 
 @given(st.integers(1, 100), seeds())
@@ -303,6 +317,6 @@ def test_bits_round_trip(blocks, seed):
 def test_selective_limits_select():
     # Guards the scan's tests against becoming vacuous: hits are some blocks, not none and not all.
     shape = Shape(512, 512, heads=2, kv_heads=1, head_dim=32)
-    s = stages(shape, 5, SaleConfig())
+    s = stages(shape, 5, SaleConfig(metric="relative"))
     hits = hits_by_definition(s, shape, selective_limits(s, shape, (64, 64), 5), (64, 64))
     assert 0.2 < hits.sum() / any_in_block(causal_mask(shape), (64, 64)).sum() / 2 < 0.8

@@ -11,6 +11,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from sale_flex import SaleConfig, create_sale_block_mask, ops, reference
+from sale_flex.index_lists import list_widths
 from sale_flex.testing import (
     Shape,
     any_in_block,
@@ -20,6 +21,7 @@ from sale_flex.testing import (
     estimate_error_bound,
     expand_blocks,
     grid_inputs,
+    mass_error_bound,
     plant_needle,
     random_inputs,
     structured_inputs,
@@ -45,12 +47,14 @@ def chosen(shape, inputs, config, **options):
 def interpreted_kernels() -> Iterator[None]:
     """Run every op through its Triton kernel, interpreted, instead of the torch path."""
     pytest.importorskip("triton", reason="the kernels need triton")
-    from sale_flex.kernels import compact, key_mean, quantize, row_limits, scan
+    from sale_flex.kernels import compact, key_mean, mass, moments, quantize, row_limits, scan
 
     with pytest.MonkeyPatch.context() as patch:
         for module, *names in (
             (compact, "build_lists", "nonfinite_blocks"),
             (key_mean, "key_mean"),
+            (mass, "mass_hits"),
+            (moments, "quantize_moments"),
             (quantize, "quantize_rows", "quantize_groups"),
             (row_limits, "row_limits"),
             (scan, "scan_max"),
@@ -128,7 +132,8 @@ def count_differing(call, seed, special=None) -> int:
     expected = reference.keep_map(
         inputs.query, inputs.key, config, inputs.value, dtype=torch.float64, **shape.positions()
     )
-    return assert_same_blocks(blocks.kept, expected)
+    within = mass_error_bound(inputs.query, inputs.key) if config.metric == "mass" else 1e-5
+    return assert_same_blocks(blocks.kept, expected, within)
 
 
 @given(calls(max_tokens=700, dtypes=DTYPES, **SELECTIVE), seeds(), st.sampled_from([None, torch.nan, torch.inf]))
@@ -148,11 +153,18 @@ def test_the_kernels_keep_the_references_blocks(call, seed, special):
         event(f"blocks on the very threshold that differ: {count_differing(call, seed, special)}")
 
 
+@pytest.mark.parametrize("metric", ["mass", "relative"])
 @pytest.mark.parametrize("group", [5, 7])
-def test_the_kernels_share_keys_among_groups_of_any_size(group):
+def test_the_kernels_share_keys_among_groups_of_any_size(group, metric):
     shape = Shape(200, 200, heads=2 * group, kv_heads=2, head_dim=32, kv_range=((37, 200),))
     config = SaleConfig(
-        threshold=0.2, min_length=0, local_tokens=16, sink_tokens=4, smooth_tokens=32, block_size=(64, 32)
+        metric=metric,
+        threshold=0.2,
+        min_length=0,
+        local_tokens=16,
+        sink_tokens=4,
+        smooth_tokens=32,
+        block_size=(64, 32),
     )
     with interpreted_kernels():
         assert count_differing((shape, config), 3) <= 1
@@ -162,7 +174,7 @@ def test_the_comparison_with_the_reference_has_something_to_compare():
     # The properties above would hold for a rule that keeps all or nothing; at these options it does neither.
     shape = Shape(700, 700, heads=6, kv_heads=2, head_dim=64)
     inputs = structured_inputs(shape, 0)
-    config = SaleConfig(threshold=0.05, min_length=0, local_tokens=32)
+    config = SaleConfig(metric="relative", threshold=0.05, min_length=0, local_tokens=32)
     expected = reference.keep_map(inputs.query, inputs.key, config)
     by_rule = expected.hit & ~expected.always
     assert 0.1 < by_rule.sum() / (expected.visible & ~expected.always).sum() < 0.9
@@ -191,7 +203,7 @@ def test_adding_a_constant_vector_to_the_keys_changes_nothing(shape, seed, confi
 @given(
     shapes(max_tokens=400, min_tokens=100, batch=2, dtypes=DTYPES),
     seeds(),
-    configs(max_min_length=0),
+    configs(metrics=("relative",), max_min_length=0),
     st.data(),
 )
 def test_what_stands_clear_of_the_threshold_is_kept(shape, seed, config, data):
@@ -236,7 +248,9 @@ def test_what_stands_clear_of_the_threshold_is_kept(shape, seed, config, data):
 @pytest.mark.parametrize("block_size", [(64, 64), (64, 32), (128, 64), (128, 128)])
 def test_a_needle_is_what_keeps_its_block(bits, block_size):
     shape = Shape(640, 640, heads=4, kv_heads=2, head_dim=64)
-    config = SaleConfig(threshold=0.5, min_length=0, local_tokens=64, bits=bits, block_size=block_size)
+    config = SaleConfig(
+        metric="relative", threshold=0.5, min_length=0, local_tokens=64, bits=bits, block_size=block_size
+    )
     inputs = random_inputs(shape, 0, amplitude=0.5)
     row, column, head = 600, 300, 3
     at = (0, head, row // block_size[0], column // block_size[1])
@@ -259,7 +273,32 @@ def test_stats_count_the_blocks_of_the_mask(call, seed):
     assert torch.equal(stats.visible_blocks, visible.sum((2, 3)))
     density = torch.where(stats.visible_blocks > 0, stats.kept_blocks / stats.visible_blocks, 1.0)
     torch.testing.assert_close(stats.density, density, rtol=1e-6, atol=0)
-    assert stats.path == "torch scan + flex"
+    assert not stats.dropped_blocks.any()
+    assert stats.path.endswith("+ flex")
+
+
+@given(
+    shapes(max_tokens=1300, min_tokens=900, batch=1, groups=(1, 2), head_dims=(32,), chunked=False),
+    seeds(),
+    configs(metrics=("mass",), block_sizes=((64, 64), (64, 32)), max_min_length=0, max_window=12),
+    st.integers(1, 4),
+)
+def test_what_finds_no_room_in_a_list_is_counted(shape, seed, config, room):
+    inputs = structured_inputs(shape, seed)
+    everything = chosen(shape, inputs, config).kept
+    # With room for all blocks but one, the budget says how many are kept in any case.
+    blocks = everything.shape[3]
+    one_less = replace(config, max_blocks=blocks - 1)
+    always = blocks - 1 - list_widths(inputs.query, shape.kv_len, one_less, 0, shape.kv_range is None).budget
+    config = replace(config, max_blocks=min(always + room, blocks))
+    mask, stats = create_sale_block_mask(inputs.query, inputs.key, config, stats=True, **shape.positions())
+    kept = block_map(mask).kept
+    assert not (kept & ~everything).any()
+    assert torch.equal(stats.dropped_blocks, (everything & ~kept).sum((2, 3)))
+    assert mask.full_kv_indices.shape[3] <= config.max_blocks
+    if config.max_blocks < blocks:
+        assert (kept.sum(-1) <= config.max_blocks).all()
+    event(f"dropped: {bool(stats.dropped_blocks.any())}")
 
 
 @given(calls(max_tokens=300), seeds())
@@ -281,7 +320,7 @@ def test_an_offset_may_be_an_int_or_a_tensor_or_the_default(call, seed):
 def test_the_default_scale_is_that_of_the_head_dim():
     shape = Shape(512, 512, heads=2, head_dim=64)
     inputs = structured_inputs(shape, 1)
-    config = SaleConfig(threshold=0.01, min_length=0, local_tokens=32)
+    config = SaleConfig(metric="relative", threshold=0.01, min_length=0, local_tokens=32)
     default, same, other = (chosen(shape, inputs, config, scale=s).kept for s in (None, 0.125, 0.5))
     assert torch.equal(default, same)
     assert not torch.equal(default, other)

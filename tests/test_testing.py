@@ -80,7 +80,7 @@ def test_thresholds_are_valid(threshold):
 def test_structured_inputs_are_sparse():
     shape = Shape(1024, 1024, heads=4, kv_heads=2)
     query, key, _ = structured_inputs(shape, 0)
-    config = SaleConfig(threshold=0.1, min_length=0, local_tokens=64)
+    config = SaleConfig(metric="relative", threshold=0.1, min_length=0, local_tokens=64)
     structured = create_sale_block_mask(query, key, config, stats=True).stats.density
     query, key, _ = random_inputs(shape, 0)
     noise = create_sale_block_mask(query, key, config, stats=True).stats.density
@@ -235,7 +235,8 @@ def test_a_block_in_both_lists_is_refused():
 def test_a_block_that_differs_off_the_threshold_is_refused():
     shape = Shape(512, 512, head_dim=32)
     query, key, _ = structured_inputs(shape, 0)
-    expected = reference.keep_map(query, key, SaleConfig(threshold=0.05, min_length=0, local_tokens=32))
+    config = SaleConfig(metric="relative", threshold=0.05, min_length=0, local_tokens=32)
+    expected = reference.keep_map(query, key, config)
     assert assert_same_blocks(expected.kept, expected) == 0
     at = (expected.hit & ~expected.always).nonzero()[0]
     changed = expected.kept.clone()

@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which key blocks take more than a share of some pooled row's softmax (DESIGN.md "The mass rule").
+
+Entry point: `mass_hits`. One kernel goes from integer products to decisions. A program takes a tile of pooled rows of
+one head, multiplies their codes with the codes of all candidate blocks on the int8 matrix units, and turns the int32
+accumulators into exponentials by integer arithmetic alone: a multiply-add per product, a clamp, a shift, and the bits
+are those of a float32. Block sums are noted in scratch memory, and compared with the row's threshold once its total is
+known. Programs are persistent, so that scratch is bounded by the GPU's size, and take the longest rows first.
+
+Columns are loaded in an order that leaves a block's sub-blocks in one thread: the accumulator of a matrix instruction
+spreads 8 neighbouring columns over 4 threads, 2 each, so 4 blocks share 8 columns at a time.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .pool import LOG2E, pool_queries
+
+FRACTION = 16
+"""Bits after the point of the fixed-point logarithms."""
+
+CENTER = 0.0430
+"""Half of what log2(1 + f) exceeds f by at most, f in [0, 1]: it centres the error of a linear mantissa."""
+
+HIGHEST = (127 + 100) << FRACTION
+"""Where logarithms saturate: at 2**100 times the exact part. An argument of the kernel, not a constant of it: with a
+constant the compiler makes two instructions of a clamp that the GPU has as one."""
+
+RANGE_BYTES = 2**28
+"""Codes of pooled rows held at once, in bytes: longer calls go through in ranges of query blocks."""
+
+
+@triton.jit
+def _round_even(x):
+    """Nearest int32 of a float32 below 2**22 in magnitude, ties to even."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def _clamped_fixed_point(x, LIMIT: tl.constexpr):
+    """Nearest int32 of a float32, ties to even, held within -LIMIT and LIMIT: from 2**23 on floats are integers."""
+    x = tl.minimum(tl.maximum(x, -1.0 * LIMIT), 1.0 * LIMIT)
+    size = tl.abs(x)
+    size = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size).to(tl.int32)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def _level(total, base):
+    """Eighths of an octave of a sum above the float whose bits are `base`, rounded down, 0 to 127."""
+    return tl.minimum(tl.maximum((total.to(tl.int32, bitcast=True) - base) >> 20, 0), 127)
+
+
+@triton.jit
+def _by_part(x, SIZE: tl.constexpr):
+    """Columns [M, N] in the order of `_mass_hits_kernel` as ``[M, N / (4 SIZE), 4, SIZE]``, a part to a thread."""
+    M: tl.constexpr = x.shape[0]
+    SETS: tl.constexpr = x.shape[1] // (4 * SIZE)
+    x = tl.permute(tl.reshape(x, [M, SETS, SIZE // 2, 4, 2]), (0, 1, 3, 2, 4))
+    return tl.reshape(x, [M, SETS, 4, SIZE])
+
+
+@triton.jit
+def _factor(row_factor, scale, LIMIT: tl.constexpr):
+    """Row factor [M] times block scale as an integer of at most LIMIT, ``[M, *scale.shape]``."""
+    if len(scale.shape) == 2:
+        product = row_factor[:, None, None] * scale[None, :, :]
+    else:
+        product = row_factor[:, None] * scale[None, :]
+    return _round_even(tl.minimum(product, LIMIT * 1.0))
+
+
+@triton.jit
+def _decide(
+    scratch_ptr, cut_ptr, first, steps, low_block, high_block, flags_ptr, hits_ptr, words, in_call,
+    M: tl.constexpr, NB: tl.constexpr, BLOCKS_Q: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write the hit words of BLOCKS_Q query blocks, and return how many candidates each hits, flags not counted.
+
+    Args:
+        scratch_ptr: Levels of block sums, int32 ``[ceil(steps / 4), M, NB]``: byte s of a word is step s of the four.
+        cut_ptr: Level that hits, int32 ``[M]``: 0 always, 128 never.
+        first: Key block of the first step's first column, a multiple of CHUNK.
+        steps: Steps there are.
+        low_block: First candidate.
+        high_block: One past the last candidate of each query block, ``[BLOCKS_Q]``.
+        flags_ptr: Words of the KV head's non-finite blocks.
+        hits_ptr: Where each query block's words start, ``[BLOCKS_Q]``.
+        words: Words a query block.
+        in_call: Which query blocks there are, ``[BLOCKS_Q]``.
+        M: Rows of the tile.
+        NB: Key blocks a step.
+        BLOCKS_Q: Query blocks of the tile.
+        CHUNK: Key blocks looked at together.
+    """
+    ROWS_Q: tl.constexpr = M // BLOCKS_Q
+    UNROLL: tl.constexpr = 8 if ROWS_Q > 8 else ROWS_Q
+    GROUPS: tl.constexpr = CHUNK // (4 * NB)
+    column = tl.arange(0, GROUPS * NB)
+    group = column // NB
+    first_row = tl.arange(0, BLOCKS_Q) * ROWS_Q
+    offsets = first_row[:, None] * NB + (group * (M * NB) + column % NB)[None, :]
+    count = tl.zeros([BLOCKS_Q], tl.int32)
+    highs: tl.constexpr = 0x80808080 - 2**32
+    for word in range(0, words, CHUNK // 32):
+        block = word * 32 + tl.arange(0, CHUNK)
+        flag = (tl.load(flags_ptr + block // 32, mask=block < words * 32, other=0) >> (block % 32)) & 1
+        flag = tl.where(block < low_block, 1, flag)
+        hit = tl.zeros([BLOCKS_Q, CHUNK], tl.int32)
+        if (word * 32 >= first) & (word * 32 < first + steps * NB):
+            first_group = (word * 32 - first) // (4 * NB)
+            noted = ((first_group + group) * 4 < steps)[None, :]
+            reached = tl.zeros([BLOCKS_Q, GROUPS * NB], tl.int32)
+            for row in range(0, ROWS_Q, UNROLL):
+                for member in tl.static_range(UNROLL):
+                    at = (first_group * M + row + member) * NB
+                    levels = tl.load(scratch_ptr + at + offsets, mask=noted, other=0)
+                    cut = tl.load(cut_ptr + row + member + first_row)
+                    # Four comparisons at once: a byte of 128 + level - cut keeps its highest bit if level >= cut.
+                    reached |= (levels | highs) - (cut * 0x01010101)[:, None]
+            reached = tl.reshape(reached, [BLOCKS_Q, GROUPS, 1, NB]) >> (7 + 8 * tl.arange(0, 4))[None, None, :, None]
+            candidate = (block >= low_block)[None, :] & (block[None, :] < high_block[:, None])
+            hit = tl.where(candidate, tl.reshape(reached & 1, [BLOCKS_Q, CHUNK]), 0)
+            count += tl.sum(hit * (1 - flag)[None, :], axis=1)
+        hit |= flag[None, :]
+        bits = tl.sum(tl.reshape(hit, [BLOCKS_Q, CHUNK // 32, 32]) << tl.arange(0, 32)[None, None, :], axis=2)
+        word_at = word + tl.arange(0, CHUNK // 32)
+        tl.store(hits_ptr[:, None] + word_at[None, :], bits, mask=in_call[:, None] & (word_at < words)[None, :])
+    return count
+
+
+@triton.jit
+def _mass_hits_kernel(
+    codes_ptr, squares_ptr, code_scale_ptr, reference_ptr, mu_ptr, mu_scale_ptr, var_ptr, var_scale_ptr,
+    flags_ptr, bounds_ptr, threshold_ptr, scratch_ptr, hits_ptr, dropped_ptr,
+    q_len, batch_heads, first_block, stop_block, padded_rows, sub_rows, query_blocks, words, scratch_stride,
+    row_factor, square_factor, bias, highest, sink_tokens, local_tokens, budget,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, P: tl.constexpr, SUBS: tl.constexpr, MOMENTS: tl.constexpr,
+    SHIFT: tl.constexpr, LIMIT: tl.constexpr, SQUARE_LIMIT: tl.constexpr, CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Hit words of the query blocks from `first_block` to `stop_block`, tile after tile."""
+    ROWS_Q: tl.constexpr = BLOCK_Q // P  # pooled rows a query block
+    BLOCKS_Q: tl.constexpr = BLOCK_M // ROWS_Q
+    NB: tl.constexpr = BLOCK_N // SUBS  # key blocks a step
+    # A part is what one thread holds of a block in a step: all of it, unless a step has less than four blocks.
+    PART: tl.constexpr = SUBS if BLOCK_N >= 4 * SUBS else BLOCK_N // 4
+    PARTS: tl.constexpr = SUBS // PART
+    TOGETHER: tl.constexpr = PART >= 2
+
+    # A program's scratch: the level that hits of every row, then the levels of its blocks.
+    cut_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * scratch_stride
+    scratch_ptr = cut_ptr + BLOCK_M
+    offsets_d = tl.arange(0, BLOCK_D)
+    d_mask = (offsets_d < D)[None, :]
+    rows = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    if TOGETHER:
+        inside = column % (4 * PART)
+        owner = column // (4 * PART) * 4 + inside % 8 // 2
+        sub = owner * PART + inside // 8 * 2 + inside % 2
+        block_of = (tl.arange(0, NB * PARTS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]) // PARTS
+    else:
+        sub = column
+        block_of = column // SUBS
+    key_offsets = sub[:, None] * D + offsets_d[None, :]
+    noted = rows[:, None] * NB + tl.arange(0, NB)[None, :]
+
+    row_tiles = tl.cdiv(stop_block - first_block, BLOCKS_Q)
+    for tile in range(tl.program_id(0), row_tiles * batch_heads, tl.num_programs(0)):
+        bh = (tile % batch_heads).to(tl.int64)
+        row_tile = row_tiles - 1 - tile // batch_heads
+        batch = bh // HEADS
+        kv_head = batch * KV_HEADS + (bh % HEADS) // (HEADS // KV_HEADS)
+        offset = tl.load(bounds_ptr + batch * 3)
+        start = tl.load(bounds_ptr + batch * 3 + 1)
+        end = tl.load(bounds_ptr + batch * 3 + 2)
+
+        query_block = first_block + row_tile * BLOCKS_Q + tl.arange(0, BLOCKS_Q)
+        first_row = offset + query_block * BLOCK_Q
+        low = tl.maximum(first_row, start)
+        real = (query_block < stop_block) & (low < end) & (tl.minimum(first_row + BLOCK_Q, offset + q_len) > start)
+        low_block = tl.cdiv(start + sink_tokens, BLOCK_K)
+        high_block = tl.where(real, tl.maximum(low - local_tokens + 1, 0) // BLOCK_K, 0)
+        first = low_block // CHUNK * CHUNK
+        steps = tl.cdiv(tl.maximum(tl.max(high_block) - first, 0), NB)
+        # Steps before and from these on hold blocks that are no candidates of every query block of the tile.
+        closed_steps = tl.cdiv(low_block - first, NB)
+        open_steps = (tl.min(tl.where(real, high_block, 2**30)) - first) // NB
+
+        at = bh * padded_rows + row_tile * BLOCK_M + rows
+        codes = tl.load(codes_ptr + at[:, None] * D + offsets_d[None, :], mask=d_mask, other=0)  # [BLOCK_M, BLOCK_D]
+        code_scale = tl.load(code_scale_ptr + at)
+        finite = code_scale == code_scale
+        code_scale = tl.where(finite, code_scale, 0.0)
+        constant = _clamped_fixed_point((bias - tl.load(reference_ptr + at)) * 65536.0, 2**29)
+        threshold = tl.load(threshold_ptr + bh % HEADS)
+        # From one level below the threshold on, so that what does not reach it is below every cut.
+        base = tl.minimum(threshold, 1.0).to(tl.int32, bitcast=True) - (1 << 20)
+        by_row = code_scale * row_factor
+        if MOMENTS:
+            squares = tl.load(squares_ptr + at[:, None] * D + offsets_d[None, :], mask=d_mask, other=0)
+            by_square = code_scale * code_scale * square_factor
+
+        high_of_row = tl.reshape(high_block[:, None] + tl.zeros([BLOCKS_Q, ROWS_Q], tl.int32), [BLOCK_M])
+        mu_at = mu_ptr + (kv_head * sub_rows + first * SUBS) * D
+        mu_scale_at = mu_scale_ptr + kv_head * (sub_rows // SUBS) + first
+        mu_scale = tl.load(mu_scale_at + block_of)
+        if MOMENTS:
+            var_at = var_ptr + (kv_head * sub_rows + first * SUBS) * D
+            var_scale_at = var_scale_ptr + kv_head * (sub_rows // SUBS) + first
+            var_scale = tl.load(var_scale_at + block_of)
+        if TOGETHER:
+            sums = tl.zeros([BLOCK_M, 4], tl.float32)
+            packed = tl.zeros([BLOCK_M, NB * PARTS // 4, 4 // PARTS], tl.int32)
+        else:
+            sums = tl.zeros([BLOCK_M], tl.float32)
+            packed = tl.zeros([BLOCK_M, NB], tl.int32)
+        for step in range(0, steps):
+            # Scales are loaded a step ahead: nothing but the codes is pipelined by the compiler.
+            ahead = tl.minimum(step + 1, steps - 1) * NB + block_of
+            if D == BLOCK_D:
+                mu = tl.load(mu_at + step * (BLOCK_N * D) + key_offsets)
+            else:
+                mu = tl.load(mu_at + step * (BLOCK_N * D) + key_offsets, mask=d_mask, other=0)
+            if MOMENTS:
+                if D == BLOCK_D:
+                    var = tl.load(var_at + step * (BLOCK_N * D) + key_offsets)
+                else:
+                    var = tl.load(var_at + step * (BLOCK_N * D) + key_offsets, mask=d_mask, other=0)
+                square = tl.dot(squares, tl.trans(var), out_dtype=tl.int32)
+            product = tl.dot(codes, tl.trans(mu), out_dtype=tl.int32)
+            factor = _factor(by_row, mu_scale, LIMIT)
+            mu_scale = tl.load(mu_scale_at + ahead)
+            if SHIFT > 0:
+                product = product >> SHIFT
+            if MOMENTS:
+                square_by = _factor(by_square, var_scale, SQUARE_LIMIT)
+                var_scale = tl.load(var_scale_at + ahead)
+                if SHIFT > 0:
+                    square = square >> SHIFT
+            if TOGETHER:
+                logit = constant[:, None, None, None]
+                if MOMENTS:
+                    second = _by_part(square, PART) * square_by[:, :, :, None] + logit
+                    logit = tl.minimum(second, (constant + CAP)[:, None, None, None])
+                logit = _by_part(product, PART) * factor[:, :, :, None] + logit
+                bits = tl.maximum(tl.minimum(logit, highest), 0) << 7
+                total = tl.sum(bits.to(tl.float32, bitcast=True), axis=3)  # [BLOCK_M, NB * PARTS / 4, 4]
+                if (step < closed_steps) | (step >= open_steps):
+                    here = first + step * NB + block_of
+                    candidate = (here >= low_block)[None, :, :] & (here[None, :, :] < high_of_row[:, None, None])
+                    total = tl.where(candidate, total, 0.0)
+                sums += tl.sum(total, axis=1)
+                if PARTS > 1:
+                    total = tl.sum(tl.reshape(total, [BLOCK_M, NB * PARTS // 4, 4 // PARTS, PARTS]), axis=3)
+            else:
+                logit = constant[:, None]
+                if MOMENTS:
+                    logit = tl.minimum(square * square_by + logit, (constant + CAP)[:, None])
+                logit = product * factor + logit
+                bits = tl.maximum(tl.minimum(logit, highest), 0) << 7
+                total = tl.sum(tl.reshape(bits.to(tl.float32, bitcast=True), [BLOCK_M, NB, SUBS]), axis=2)
+                here = first + step * NB + tl.arange(0, NB)
+                candidate = (here >= low_block)[None, :] & (here[None, :] < high_of_row[:, None])
+                total = tl.where(candidate, total, 0.0)
+                sums += tl.sum(total, axis=1)
+            packed += _level(total, base) << (step % 4 * 8)
+            if (step % 4 == 3) | (step == steps - 1):
+                words_at = scratch_ptr + step // 4 * (BLOCK_M * NB)
+                tl.store(words_at + noted, tl.reshape(packed, [BLOCK_M, NB]))
+                packed = tl.zeros_like(packed)
+
+        whole = 1.0 + (tl.sum(sums, axis=1) if TOGETHER else sums)
+        cut = _level(tl.minimum(threshold, 1.0) * whole, base)
+        cut = tl.where(finite, tl.where(threshold < 1.0, cut, 128), 0)
+        in_call = query_block < stop_block
+        hits_at = hits_ptr + (bh * query_blocks + query_block) * words
+        flags_at = flags_ptr + kv_head * words
+        tl.store(cut_ptr + rows, cut)
+        tl.debug_barrier()
+        count = _decide(
+            scratch_ptr, cut_ptr, first, steps, low_block, high_block, flags_at, hits_at, words, in_call,
+            BLOCK_M, NB, BLOCKS_Q, CHUNK,
+        )  # fmt: skip
+        wanted = count
+        raised = tl.zeros([BLOCKS_Q], tl.int32)
+        while tl.max(count) > budget:
+            raised += (count > budget).to(tl.int32)
+            of_row = tl.reshape(raised[:, None] + tl.zeros([BLOCKS_Q, ROWS_Q], tl.int32), [BLOCK_M])
+            tl.store(cut_ptr + rows, tl.where((of_row > 0) & (finite == 0), 128, tl.minimum(cut + of_row, 128)))
+            tl.debug_barrier()
+            count = _decide(
+                scratch_ptr, cut_ptr, first, steps, low_block, high_block, flags_at, hits_at, words, in_call,
+                BLOCK_M, NB, BLOCKS_Q, CHUNK,
+            )  # fmt: skip
+        tl.store(dropped_ptr + bh * query_blocks + query_block, wanted - count, mask=in_call)
+        tl.debug_barrier()
+
+
+def tile_options(head_dim: int, rows: int, subs: int, moments: bool) -> dict[str, int]:
+    """Tile and launch options; `rows` pooled rows a query block, `subs` sub-blocks (or keys) a key block.
+
+    Wide heads take smaller tiles, to fit every GPU's shared memory.
+    """
+    wide = head_dim > 128
+    block_m = max(rows, 128 if moments and not wide else 64)
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": 64 if moments or (wide and subs <= 64) else 128,
+        "num_warps": 4,
+        "num_stages": (1 if block_m > 64 else 2) if wide else 3,
+    }
+
+
+def resident_programs(device: torch.device, block_m: int) -> int:
+    """Programs that a GPU runs at once, as far as registers let it; a few where there is none (the interpreter)."""
+    if device.type != "cuda":
+        return 4
+    return (3 if block_m <= 64 else 2) * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def mass_hits(
+    query: Tensor,
+    key: Tensor,
+    mean: Tensor,
+    mean_codes: Tensor,
+    mean_scale: Tensor,
+    var_codes: Tensor,
+    var_scale: Tensor,
+    nonfinite: Tensor,
+    bounds: Tensor,
+    threshold: Tensor,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    sub_block: int,
+    pool: int,
+    sample: bool,
+    bits: int,
+    sink_tokens: int,
+    local_tokens: int,
+    budget: int,
+) -> tuple[Tensor, Tensor]:
+    """Candidate blocks whose estimated mass in some pooled row passes the threshold, as bits.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``.
+        key: ``[B, Hkv, Skv, D]``.
+        mean: float32 ``[B, Hkv, D]`` from `key_mean`.
+        mean_codes: From `quantize_moments` with the same `block_k`, `sub_block` and `bits`, and so are the next four.
+        mean_scale: Scales of the means.
+        var_codes: Codes of the variances.
+        var_scale: Scales of the variances.
+        nonfinite: Bits of the key blocks that are not finite: always hit.
+        bounds: int32 ``[B, 3]``.
+        threshold: float32 ``[Hq]``: share of a row's probability; 0 hits all candidates, 1 and more none.
+        scale: Softmax scale.
+        block_q: Query rows a block.
+        block_k: Keys a block.
+        sub_block: Keys a sub-block; 1: scan every key, without variances.
+        pool: Query rows a pooled row.
+        sample: A pooled row is the last of its rows instead of their mean.
+        bits: 4 or 8.
+        sink_tokens: Blocks with one of so many first valid keys are no candidates.
+        local_tokens: Nor are blocks with one of so many keys up to a row's position.
+        budget: Candidates a query block may hit at most; where more pass, the threshold rises by quarter octaves.
+
+    Returns:
+        int32 ``[B, Hq, nq, ceil(nk / 32)]``, and int32 ``[B, Hq, nq]``: hits given up for the budget.
+    """
+    batch, heads, q_len, dim = query.shape
+    query_blocks = triton.cdiv(q_len, block_q)
+    words = nonfinite.shape[2]
+    hits = query.new_empty(batch, heads, query_blocks, words, dtype=torch.int32)
+    dropped = query.new_empty(batch, heads, query_blocks, dtype=torch.int32)
+
+    subs, rows, top, shift = block_k // sub_block, block_q // pool, 2 ** (bits - 1) - 1, 8 if bits == 8 else 0
+    square_top, var_top, square_unit = (126, 127, 128.0) if bits == 8 else (49, 15, 1.0)
+    options = tile_options(dim, rows, subs, sub_block > 1)
+    tile_blocks = options["BLOCK_M"] // rows
+    range_blocks = max(RANGE_BYTES // (batch * heads * rows * dim) // tile_blocks, 1) * tile_blocks
+    largest = triton.cdiv(min(range_blocks, query_blocks), tile_blocks) * batch * heads
+    programs = min(largest, resident_programs(query.device, options["BLOCK_M"]))
+    # A level is a byte, and four steps of a row share words.
+    groups = triton.cdiv(mean_codes.shape[2], 4 * options["BLOCK_N"])
+    scratch_words = options["BLOCK_M"] * (1 + groups * (options["BLOCK_N"] // subs))
+    scratch = query.new_empty(programs, scratch_words, dtype=torch.int32)
+    unit = LOG2E * 2.0 ** (FRACTION + shift)
+    for first in range(0, query_blocks, range_blocks):
+        blocks = min(range_blocks, query_blocks - first)
+        codes, squares, code_scale, reference = pool_queries(
+            query, key, mean, bounds, scale, block_q, block_k, pool, sample, bits, sink_tokens, local_tokens,
+            first, blocks, options["BLOCK_M"], sub_block > 1,
+        )  # fmt: skip
+        _mass_hits_kernel[(min(programs, triton.cdiv(blocks, tile_blocks) * batch * heads),)](
+            codes, squares, code_scale, reference, mean_codes, mean_scale, var_codes, var_scale, nonfinite, bounds,
+            threshold, scratch, hits, dropped,
+            q_len, batch * heads, first, first + blocks, codes.shape[2], mean_codes.shape[2], query_blocks, words,
+            scratch.stride(0), scale * unit, scale * scale / 2 * unit * square_unit,
+            127 - CENTER + math.log2(sub_block), HIGHEST, sink_tokens, local_tokens, budget,
+            HEADS=heads, KV_HEADS=key.shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_Q=block_q, BLOCK_K=block_k, P=pool, SUBS=subs, MOMENTS=sub_block > 1, SHIFT=shift,
+            LIMIT=2**29 // ((dim * top * top) >> shift), SQUARE_LIMIT=2**29 // ((dim * square_top * var_top) >> shift),
+            CAP=round(2 * (sub_block - 1) * LOG2E * 2**FRACTION), CHUNK=512, enable_fp_fusion=False, **options,
+        )  # fmt: skip
+    return hits, dropped

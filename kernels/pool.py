@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Pooled query rows: their codes, and what their own sink and local keys weigh (DESIGN.md "The mass rule").
+
+Entry point: `pool_queries`. A program takes a few rows of some heads, pools their rows, quantises them, and takes
+the exact softmax sum over the keys that are no candidates: the sink's blocks, and those from the local window on. Heads
+that share keys go together, so that a tile of keys is read once for them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import is_finite, nan_max, nearest_int8, symmetric_scale
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _accumulate(
+    peak, total, query, key_ptr, stride_s, stride_d, at, stop, shift, scale, allowed, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Fold the base-2 logits of one tile of keys into the running maximum `peak` and sum `total`, both [BLOCK_R]."""
+    offsets_d = tl.arange(0, BLOCK_D)
+    mask = (offsets_d < D)[:, None] & (at < stop)[None, :]
+    pointers = key_ptr + at.to(tl.int64)[None, :] * stride_s + offsets_d[:, None] * stride_d
+    key = tl.load(pointers, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_N]
+    logits = (tl.dot(query, key, input_precision="ieee") - shift[:, None]) * scale
+    logits = tl.where(allowed & is_finite(logits), logits, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+    # A row that has seen nothing yet has the peak -inf, and -inf - -inf is NaN.
+    safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    total = total * tl.exp2(peak - safe) + tl.sum(tl.exp2(logits - safe[:, None]), axis=1)
+    return new_peak, total
+
+
+@triton.jit
+def _pool_queries_kernel(
+    query_ptr, stride_qb, stride_qh, stride_qs, stride_qd,
+    key_ptr, stride_kb, stride_kh, stride_ks, stride_kd,
+    mean_ptr, bounds_ptr, codes_ptr, squares_ptr, scale_ptr, reference_ptr,
+    logit_scale, q_len, first_row, padded_rows, sink_tokens, local_tokens,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    P: tl.constexpr, SAMPLE: tl.constexpr, TOP: tl.constexpr, SQUARES: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R / TOGETHER pooled rows of TOGETHER heads that share keys, from pooled row `first_row` of the call on."""
+    ROWS: tl.constexpr = BLOCK_R // TOGETHER
+    first_head = tl.program_id(1).to(tl.int64) * TOGETHER
+    batch = first_head // HEADS
+    kv_head = first_head % HEADS // (HEADS // KV_HEADS)
+    offset = tl.load(bounds_ptr + batch * 3)
+    start = tl.load(bounds_ptr + batch * 3 + 1)
+    end = tl.load(bounds_ptr + batch * 3 + 2)
+
+    local_row = tl.program_id(0) * ROWS + tl.arange(0, BLOCK_R) % ROWS
+    row = first_row + local_row
+    bh = first_head + tl.arange(0, BLOCK_R) // ROWS
+    offsets_d = tl.arange(0, BLOCK_D)
+    query_ptr += batch * stride_qb + offsets_d[None, :] * stride_qd
+    pooled = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    count = tl.zeros([BLOCK_R], tl.int32)
+    position = tl.full([BLOCK_R], -1, tl.int32)  # of the last real row
+    for member in tl.static_range(P):
+        source = row * P + member
+        real = (source < q_len) & (offset + source >= start) & (offset + source < end)
+        pointers = query_ptr + ((bh % HEADS) * stride_qh + source.to(tl.int64) * stride_qs)[:, None]
+        query = tl.load(pointers, mask=real[:, None] & (offsets_d < D)[None, :], other=0.0).to(tl.float32)
+        if SAMPLE:
+            pooled = tl.where(real[:, None], query, pooled)
+        else:
+            pooled += query
+        count += real.to(tl.int32)
+        position = tl.where(real, offset + source, position)
+    if not SAMPLE:
+        pooled *= tl.math.div_rn(1.0, tl.maximum(count, 1).to(tl.float32))[:, None]
+
+    rounded = pooled.to(query_ptr.dtype.element_ty)
+    pooled = rounded.to(tl.float32)
+    amax = tl.reduce(tl.abs(pooled), 1, nan_max)
+    code_scale, inverse = symmetric_scale(amax, TOP)
+    finite = is_finite(amax)
+    codes = tl.where(finite[:, None], nearest_int8(pooled * inverse[:, None]), 0)
+    out = bh * padded_rows + local_row
+    tl.store(codes_ptr + out[:, None] * D + offsets_d[None, :], codes, mask=(offsets_d < D)[None, :])
+    if SQUARES:
+        squares = codes.to(tl.int32) * codes.to(tl.int32)
+        if TOP > 7:
+            squares = (squares + 64) >> 7
+        squares_at = squares_ptr + out[:, None] * D + offsets_d[None, :]
+        tl.store(squares_at, squares.to(tl.int8), mask=(offsets_d < D)[None, :])
+    tl.store(scale_ptr + out, tl.where(finite, code_scale, float("nan")))
+
+    # Keys in candidate blocks, from `sink_end` up to the row's `near`, are left to the estimate.
+    sink_end = tl.cdiv(start + sink_tokens, BLOCK_K) * BLOCK_K
+    low = tl.maximum(offset + row * P // BLOCK_Q * BLOCK_Q, start)
+    near = tl.maximum(tl.maximum(low - local_tokens + 1, 0) // BLOCK_K * BLOCK_K, sink_end)
+    mean = tl.load(mean_ptr + (batch * KV_HEADS + kv_head) * D + offsets_d, mask=offsets_d < D, other=0.0)
+    shift = tl.sum(pooled * mean[None, :], axis=1)
+    key_ptr += batch * stride_kb + kv_head * stride_kh
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    last = tl.max(position)
+    sink_first = start // BLOCK_N
+    sink_tiles = tl.maximum(tl.cdiv(tl.minimum(sink_end, last + 1), BLOCK_N) - sink_first, 0)
+    local_first = tl.min(near) // BLOCK_N
+    local_tiles = tl.maximum(tl.cdiv(last + 1, BLOCK_N) - local_first, 0)
+    for tile in range(0, sink_tiles + local_tiles):
+        first = tl.where(tile < sink_tiles, sink_first + tile, local_first + tile - sink_tiles) * BLOCK_N
+        at = first + tl.arange(0, BLOCK_N)
+        in_sink = (at >= start) & (at < sink_end) & (tile < sink_tiles)
+        in_window = (at[None, :] >= near[:, None]) & (tile >= sink_tiles)
+        allowed = (in_sink[None, :] | in_window) & (at[None, :] <= position[:, None])
+        peak, total = _accumulate(
+            peak, total, rounded, key_ptr, stride_ks, stride_kd, at, last + 1, shift, logit_scale, allowed, D, BLOCK_D
+        )
+    # Padding is +inf above everything, so that it hits nothing.
+    reference = tl.where(count > 0, peak + tl.log2(total), float("inf"))
+    tl.store(reference_ptr + out, reference)
+
+
+def tile_options(head_dim: int, element_size: int) -> dict[str, int]:
+    """Tile and launch options; wide rows take smaller tiles, to fit every GPU's shared memory."""
+    wide = head_dim * element_size > 256
+    return {"BLOCK_R": 32 if wide else 64, "BLOCK_N": 32 if wide else 64, "num_warps": 4, "num_stages": 2}
+
+
+def pool_queries(
+    query: Tensor,
+    key: Tensor,
+    mean: Tensor,
+    bounds: Tensor,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    pool: int,
+    sample: bool,
+    bits: int,
+    sink_tokens: int,
+    local_tokens: int,
+    first_block: int,
+    blocks: int,
+    row_multiple: int,
+    squares: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pooled rows of the query blocks from `first_block` on, and the base-2 logarithm of their exact part.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, any strides.
+        key: ``[B, Hkv, Skv, D]``, any strides.
+        mean: float32 ``[B, Hkv, D]``, the smoothing mean.
+        bounds: int32 ``[B, 3]``.
+        scale: Softmax scale.
+        block_q: Query rows a block.
+        block_k: Keys a block.
+        pool: Query rows a pooled row, a divisor of `block_q`.
+        sample: Take the last real row of each pool instead of the mean.
+        bits: 4 or 8.
+        sink_tokens: Blocks with one of so many first valid keys are no candidates.
+        local_tokens: Nor are blocks with one of so many keys up to a row's position.
+        first_block: First query block.
+        blocks: How many query blocks.
+        row_multiple: The results have rows up to a multiple of this, at least 64, a power of two.
+        squares: Whether the squares of the codes are wanted.
+
+    Returns:
+        Codes int8 ``[B, Hq, R, D]``; their squares, in 8 bits divided by 128 and rounded (R = 0 if not wanted); scales
+        float32 ``[B, Hq, R]`` (NaN: a row that is not finite); and the reference float32 ``[B, Hq, R]``: log2 of the
+        sum of exponentials over visible keys in no candidate block, +inf for padding.
+    """
+    batch, heads, q_len, dim = query.shape
+    rows = block_q // pool
+    padded = triton.cdiv(blocks * rows, row_multiple) * row_multiple
+    codes = query.new_empty(batch, heads, padded, dim, dtype=torch.int8)
+    square_codes = query.new_empty(batch, heads, padded if squares else 0, dim, dtype=torch.int8)
+    code_scale, reference = (query.new_empty(batch, heads, padded, dtype=torch.float32) for _ in range(2))
+    options = tile_options(dim, query.element_size())
+    group = heads // key.shape[1]
+    together = min(group & -group, options["BLOCK_R"] // 16)  # a power of two that divides the group
+    _pool_queries_kernel[(padded // (options["BLOCK_R"] // together), batch * heads // together)](
+        query, *query.stride(), key, *key.stride(), mean, bounds, codes, square_codes, code_scale, reference,
+        scale * LOG2E, q_len, first_block * rows, padded, sink_tokens, local_tokens,
+        HEADS=heads, KV_HEADS=key.shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim),
+        P=pool, SAMPLE=sample, TOP=2 ** (bits - 1) - 1, SQUARES=squares, BLOCK_Q=block_q, BLOCK_K=block_k,
+        TOGETHER=together, enable_fp_fusion=False, **options,
+    )  # fmt: skip
+    return codes, square_codes, code_scale, reference
