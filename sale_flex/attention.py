@@ -109,9 +109,10 @@ def sale_attention(
         from sale_flex.compiler import inductor_is_tracing  # here: it imports torch._dynamo, and that Triton
 
         lookup = not inductor_is_tracing()
-    # Whole blocks of early rows are dense, and where no padding is in the way SDPA computes them faster.
+    # Whole blocks of early rows are dense, and where no padding is in the way SDPA computes them faster. Not in a
+    # caller's program: Inductor's C++ template for flex_attention lets nothing write into its output.
     early = -(-min_length // config.block_size[0]) * config.block_size[0]
-    split = query.is_cuda and square and 0 < early < query.shape[2]
+    split = square and 0 < early < query.shape[2] and not torch.compiler.is_compiling()
     block_mask, counts = build_block_mask(
         query, key, value, bounds, kv_range is None, scale, config, lookup, leave_early=split
     )

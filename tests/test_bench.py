@@ -95,10 +95,8 @@ def test_rows_tell_everything(eager, config_file, tmp_path, capsys):
         assert row["over_cudnn"] is None
         if row["name"] == "dense cudnn":
             assert row["not_run"] == "needs a CUDA device"
-        if row["name"] == "early rows":
-            assert row["not_run"] == "flex computes them here"  # on a GPU SDPA does
         if row["not_run"] is not None:
-            assert row["name"] in ("dense cudnn", "early rows")
+            assert row["name"] == "dense cudnn"
             assert row["ms"] is None
             continue
         assert row["ms"] == sum(row["ms_all"]) / 2
@@ -267,7 +265,7 @@ def test_out_of_memory_is_a_row_and_not_the_end(eager, config_file, monkeypatch,
     assert bench("--configs", config_file, "--lengths", "256", "--baselines", "sdpa", "--json", path) == 0
     rows = json.loads(path.read_text())
     assert {row["not_run"] for row in rows if row["config"] == "paper"} == {"tried to allocate"}
-    assert {row["not_run"] for row in rows if row["config"] == "mine"} == {None, "flex computes them here"}
+    assert {row["not_run"] for row in rows if row["config"] == "mine"} == {None}
     assert "256 tokens, paper: keeps - at threshold -" in capsys.readouterr().out
 
 
@@ -335,7 +333,7 @@ def test_stages_do_what_the_whole_does(name, eager):
     inputs, config = make_inputs(1024), small(name)
     parts = stages.Stages(inputs, config)
     runs = parts.runs()
-    assert list(runs) == [name for name in NAMES if name != "early rows"]
+    assert list(runs) == NAMES
     runs["block mask"]()
     mask = parts.mask
     assert 0.1 < count_kept(inputs, config).density < 0.95
@@ -347,6 +345,7 @@ def test_stages_do_what_the_whole_does(name, eager):
     assert torch.equal(flags, kept)
     output = runs["flex"]()
     assert parts.mask is None
+    output[:, :, : parts.early] = runs["early rows"]()
     assert torch.equal(output, runs["sale_attention"]())
 
 
@@ -454,8 +453,8 @@ def test_compiled(config_file, tmp_path):
     arguments = ["--configs", config_file, "--lengths", "512", "--baselines", "flex,sdpa", "--json", path]
     assert bench(*arguments) == 0
     rows = json.loads(path.read_text())
-    assert [row["name"] for row in rows if row["not_run"]] == ["early rows"] * 2
-    assert {row["path"] for row in rows} == {"torch scan + flex"}
+    assert not [row["name"] for row in rows if row["not_run"]]
+    assert {row["path"] for row in rows} == {"dense sdpa on the first 64 rows, torch scan + flex on the others"}
 
 
 def test_devices(monkeypatch):

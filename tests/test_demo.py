@@ -187,7 +187,7 @@ def test_random_model_fails_the_task_and_says_so(
     assert report.keys() >= KEYS
     assert report["tokens"] == 2816
     assert report["device"] == "cpu"
-    assert report["path"] == "torch scan + flex"
+    assert report["path"] == "dense sdpa on the first 1024 rows, torch scan + flex on the others"
     assert torch.tensor(report["head_density"]).shape == (2, 2)
     assert 0 < report["density"] < 1
     assert report["dense_seconds"] > 0 < report["sale_seconds"]

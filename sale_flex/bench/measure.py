@@ -101,7 +101,7 @@ def _checked(inputs: Inputs, config: SaleConfig, sparse: bool, path: str) -> dic
         return found
     stages = Stages(inputs, config)
     runs = stages.runs()
-    found = {name: Candidate(runs.get(name), None if name in runs else "flex computes them here") for name in ORDER}
+    found = {name: Candidate(runs.get(name), None if name in runs else "no row is early") for name in ORDER}
     stages.build_mask()
     mask, late = stages.mask, rows[rows >= stages.early]
     found["flex"].errors = errors(stages.attend()[:, :, late], inputs, late, mask).check("flex")

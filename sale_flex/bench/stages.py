@@ -98,7 +98,7 @@ class Stages:
         self._codes = self._split.codes()
         self._hits = self._split.estimate(self._codes)
         early = -(-self._min_length // config.block_size[0]) * config.block_size[0]
-        self.early = early if query.is_cuda and early < query.shape[2] else 0
+        self.early = early if early < query.shape[2] else 0
         """How many first rows `sale_attention` leaves to scaled_dot_product_attention; not in `mask`."""
         self.mask: BlockMask | None = None
         """What `MASK` has built and ``flex`` takes, once: two masks of a long call need not fit into memory."""
