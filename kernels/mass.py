@@ -187,7 +187,7 @@ def _mass_hits_kernel(
         real = (query_block < stop_block) & (low < end) & (tl.minimum(first_row + BLOCK_Q, offset + q_len) > start)
         low_block = tl.cdiv(start + sink_tokens, BLOCK_K)
         high_block = tl.where(real, tl.maximum(low - local_tokens + 1, 0) // BLOCK_K, 0)
-        first = low_block // CHUNK * CHUNK
+        first = tl.minimum(low_block, sub_rows // SUBS - 1) // CHUNK * CHUNK  # where the first scales are read
         steps = tl.cdiv(tl.maximum(tl.max(high_block) - first, 0), NB)
         # Steps before and from these on hold blocks that are no candidates of every query block of the tile.
         closed_steps = tl.cdiv(low_block - first, NB)
@@ -369,7 +369,7 @@ def mass_hits(
         bits: 4 or 8.
         sink_tokens: Blocks with one of so many first valid keys are no candidates.
         local_tokens: Nor are blocks with one of so many keys up to a row's position.
-        budget: Candidates a query block may hit at most; where more pass, the threshold rises by quarter octaves.
+        budget: Candidates a query block may hit at most; where more pass, its rows' cut levels rise.
 
     Returns:
         int32 ``[B, Hq, nq, ceil(nk / 32)]``, and int32 ``[B, Hq, nq]``: hits given up for the budget.

@@ -24,8 +24,9 @@ def test_one_compiled_flex_attention_takes_masks_of_any_length(dynamic):
         mask, stats = create_sale_block_mask(inputs.query, inputs.key, CONFIG, stats=True)
         assert stats.density.mean() < 0.9
         output = compiled(*inputs, block_mask=mask, enable_gqa=True)
-        # One kernel from two mask_mods that hide the same elements.
-        assert output.equal(sale_attention(*inputs, CONFIG)), length
+        # One kernel from two mask_mods that hide the same elements, but for the early rows, which are SDPA's.
+        late = slice(CONFIG.min_length, None)
+        assert output[:, :, late].equal(sale_attention(*inputs, CONFIG)[:, :, late]), length
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (64, 32), (128, 64), (128, 128)])
