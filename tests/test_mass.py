@@ -287,6 +287,16 @@ def test_hits_of_every_block_size(block_size, sub_block):
         assert check_hits(mass, stages(shape, 3, config)) <= 2
 
 
+@pytest.mark.parametrize("estimator", ["moments", "scan"])
+def test_hits_of_the_kernel_over_many_steps_and_groups_of_heads(estimator):
+    # Tiles of several query blocks, whose candidates end in different steps, and more than one head of keys.
+    shape = Shape(1500, 1500, heads=4, kv_heads=2, head_dim=32)
+    config = SaleConfig(
+        estimator=estimator, threshold=0.05, sink_tokens=4, local_tokens=8, min_length=0, smooth_tokens=100
+    )
+    assert check_hits(kernel("mass"), stages(shape, 3, config)) <= 4
+
+
 LARGEST = [(mass, dim, bits) for dim in HEAD_DIMS for bits in (4, 8)] + [("kernel", 80, 4), ("kernel", 256, 8)]
 
 
