@@ -40,7 +40,7 @@ def _store_codes(codes_ptr, x, inverse, keep, offsets, D: tl.constexpr, BLOCKS: 
 def _quantize_moments_kernel(
     key_ptr, stride_b, stride_h, stride_s, stride_d,
     mean_ptr, bounds_ptr, mu_ptr, mu_scale_ptr, var_ptr, var_scale_ptr, nonfinite_ptr,
-    heads, kv_len, sub_rows, words,
+    heads, sub_rows, words,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr,
     TOP: tl.constexpr, VAR_TOP: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def quantize_moments(
     blocks = max(1, 16 // subs)
     _quantize_moments_kernel[(rows // (blocks * subs), batch * heads)](
         key, *key.stride(), mean, bounds, mu, mu_scale, var, var_scale, nonfinite,
-        heads, kv_len, rows, words,
+        heads, rows, words,
         D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_K=block_k, G=sub_block, BLOCKS=blocks,
         TOP=2 ** (bits - 1) - 1, VAR_TOP=15 if bits == 4 else 127, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

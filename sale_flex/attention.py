@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sale_flex.block_mask import build_block_mask, make_bounds
-from sale_flex.break_even import early_rows
+from sale_flex.break_even import early_rows, rows_of_early_blocks
 from sale_flex.config import SaleConfig
 from sale_flex.flex import run_flex
 from sale_flex.geometry import Grid
@@ -96,7 +96,7 @@ def sale_attention(
     reason = _dense_reason(query, key, config.block_size[0], min_length, q_offset is None and kv_range is None)
     if reason is not None:
         bounds = None if square and not stats else make_bounds(query, key, q_offset, kv_range)
-        output = _dense(query, key, value, None if square else bounds, scale)
+        output = dense_sdpa(query, key, value, None if square else bounds, scale)
         if bounds is None or not stats:
             return output
         grid = Grid(query.shape[2], key.shape[2], *config.block_size)
@@ -111,18 +111,19 @@ def sale_attention(
         lookup = not inductor_is_tracing()
     # Whole blocks of early rows are dense, and where no padding is in the way SDPA computes them faster. Not in a
     # caller's program: Inductor's C++ template for flex_attention lets nothing write into its output.
-    early = -(-min_length // config.block_size[0]) * config.block_size[0]
-    split = square and 0 < early < query.shape[2] and not torch.compiler.is_compiling()
+    early = 0
+    if square and not torch.compiler.is_compiling():
+        early = rows_of_early_blocks(min_length, config.block_size[0], query.shape[2])
     block_mask, counts = build_block_mask(
-        query, key, value, bounds, kv_range is None, scale, config, lookup, leave_early=split
+        query, key, value, bounds, kv_range is None, scale, config, lookup, leave_early=early > 0
     )
     output = run_flex(query, key, value, block_mask, scale, kernel_options)
     del block_mask  # its lists are the largest thing that the call allocates
-    if split:
-        output[:, :, :early] = _dense(query[:, :, :early], key[:, :, :early], value[:, :, :early], None, scale)
+    if early:
+        output[:, :, :early] = dense_sdpa(query[:, :, :early], key[:, :, :early], value[:, :, :early], None, scale)
     if not stats:
         return output
-    kept = with_dense_rows(counts(), bounds, Grid(early, key.shape[2], *config.block_size)) if split else counts()
+    kept = with_dense_rows(counts(), bounds, Grid(early, key.shape[2], *config.block_size)) if early else counts()
     return SaleResult(output, kept)
 
 
@@ -138,7 +139,7 @@ def _dense_reason(query: Tensor, key: Tensor, block_q: int, min_length: int, pla
     return None
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, scale: float) -> Tensor:
+def dense_sdpa(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, scale: float) -> Tensor:
     """Dense causal attention; with `bounds`, through an explicit mask, and padding rows are 0."""
     grouped = query.shape[1] != key.shape[1]
     if bounds is None:

@@ -133,6 +133,7 @@ def build_block_mask(
     heads, q_len = query.shape[1:3]
     kv_len = key.shape[2]
     block_q, block_k = config.block_size
+    grid = Grid(q_len, kv_len, block_q, block_k)
     threshold = config.threshold
     if not isinstance(threshold, Tensor):
         threshold = torch.full((heads,), threshold, dtype=torch.float32, device=query.device)
@@ -140,8 +141,19 @@ def build_block_mask(
     # A call with less than half a block of queries is a decoding step: every row counts as early.
     widths = list_widths(query, kv_len, config, min_length, from_zero)
     if 2 * q_len < block_q:
-        min_length, widths = kv_len, Widths(-(-kv_len // block_k), -(-kv_len // block_k), -(-kv_len // block_k))
-    hits, dropped = RULES[config.metric](query, key, bounds, from_zero, threshold.float(), scale, config, widths.budget)
+        min_length, widths = kv_len, Widths(grid.key_blocks, grid.key_blocks, grid.key_blocks)
+    rule = RULES[config.metric]
+    hits, dropped = rule.estimate(
+        query,
+        key,
+        rule.codes(query, key, bounds, config),
+        bounds,
+        from_zero,
+        threshold.float(),
+        scale,
+        config,
+        widths.budget,
+    )
     nonfinite = None if value is None else ops.nonfinite_blocks(value, bounds, block_k)
     lists = build_index_lists(hits, nonfinite, bounds, query, key, config, min_length, widths, lookup, leave_early)
     del hits
@@ -159,5 +171,4 @@ def build_block_mask(
         compute_q_blocks=False,
     )
     path = f"{'triton' if query.is_cuda else 'torch'} scan + flex"
-    grid = Grid(q_len, kv_len, block_q, block_k)
     return mask, partial(mask_stats, lists.partial_num, lists.full_num, dropped, bounds, grid, path)

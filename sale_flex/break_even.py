@@ -51,6 +51,12 @@ def early_rows(query: Tensor, config: SaleConfig) -> int:
     return break_even_length(query.device, query.shape[3])
 
 
+def rows_of_early_blocks(min_length: int, block_q: int, q_len: int) -> int:
+    """How many rows the whole query blocks hold that `min_length` makes dense, of a call from key 0 on; 0 if all."""
+    rows = -(-min_length // block_q) * block_q
+    return rows if rows < q_len else 0
+
+
 def break_even_length(device: torch.device | str, head_dim: int = 128) -> int:
     """Tokens from which on the sparse path costs less than dense attention, a multiple of 1024.
 

@@ -16,7 +16,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ARROWS: dict[str, set[str]] = {
     "attention": {"block_mask", "break_even", "compiler", "config", "flex", "geometry", "stats", "validation"},
-    "bench": {"", "attention", "block_mask", "break_even", "cli", "config", "flex", "index_lists", "ops", "testing"},
+    "bench": {
+        "",
+        "attention",
+        "block_mask",
+        "break_even",
+        "cli",
+        "config",
+        "flex",
+        "index_lists",
+        "ops",
+        "rules",
+        "testing",
+    },
     "block_mask": {
         "break_even",
         "config",

@@ -3,24 +3,24 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.functional import scaled_dot_product_attention
 
 from sale_flex import ops
-from sale_flex.attention import sale_attention
+from sale_flex.attention import dense_sdpa, sale_attention
 from sale_flex.bench.inputs import Inputs
 from sale_flex.block_mask import build_block_mask, make_bounds
-from sale_flex.break_even import early_rows
+from sale_flex.break_even import early_rows, rows_of_early_blocks
 from sale_flex.config import SaleConfig
 from sale_flex.flex import run_flex
 from sale_flex.index_lists import IndexLists, build_index_lists, list_widths
+from sale_flex.rules import RULES
 
 STAGES = ("codes", "estimate", "compact", "flex", "early rows")
-"""What `sale_attention` is made of, in order. Early rows are dense, on a GPU by scaled_dot_product_attention."""
+"""What `sale_attention` is made of, in order. Early rows are dense."""
 MASK, WHOLE = "block mask", "sale_attention"
 """The first three stages in one call, and everything in one call."""
 ORDER = (*STAGES[:3], MASK, *STAGES[3:], WHOLE)
@@ -30,57 +30,6 @@ ORDER = (*STAGES[:3], MASK, *STAGES[3:], WHOLE)
 def whole_call(inputs: Inputs, config: SaleConfig) -> Callable[..., Any]:
     """`sale_attention` on the inputs; further options may be given when it is called."""
     return partial(sale_attention, *inputs[:3], config, scale=inputs.scale)
-
-
-class Split(NamedTuple):
-    """A selection rule in two stages."""
-
-    codes: Callable[[], tuple[Tensor, ...]]
-    """The smoothing mean and the codes of queries and keys."""
-    estimate: Callable[[tuple[Tensor, ...]], Tensor]
-    """Hit bits, int32 ``[B, Hq, nq, ceil(nk / 32)]``, from those codes."""
-
-
-def split_relative(inputs: Inputs, bounds: Tensor, threshold: Tensor, config: SaleConfig, budget: int) -> Split:
-    """The stages of `sale_flex.rules.relative`."""
-    query, key, _, scale = inputs
-    block_q, block_k = config.block_size
-
-    def codes() -> tuple[Tensor, ...]:
-        mean = ops.key_mean(key, bounds, config.smooth_tokens)
-        keys = ops.quantize_groups(key, mean, bounds, block_k, config.bits)
-        return mean, *ops.quantize_rows(query, config.bits), *keys
-
-    def estimate(made: tuple[Tensor, ...]) -> Tensor:
-        mean, query_codes, query_scale, key_codes, key_scale = made
-        kept_always = (config.sink_tokens, config.local_tokens)
-        limit = ops.row_limits(query, key, mean, query_scale, bounds, threshold, scale, *kept_always)
-        lengths = (query.shape[2], key.shape[2], block_q, block_k)
-        return ops.scan_max(query_codes, limit, key_codes, key_scale, bounds, *lengths, config.local_tokens, True)
-
-    return Split(codes, estimate)
-
-
-def split_mass(inputs: Inputs, bounds: Tensor, threshold: Tensor, config: SaleConfig, budget: int) -> Split:
-    """The stages of `sale_flex.rules.mass`; pooled rows get their codes inside the estimate."""
-    query, key, _, scale = inputs
-    block_q, block_k = config.block_size
-    sub_block = config.sub_block if config.estimator == "moments" else 1
-    pool = (config.query_pool, False) if config.query_stride is None else (config.query_stride, True)
-
-    def codes() -> tuple[Tensor, ...]:
-        mean = ops.key_mean(key, bounds, config.smooth_tokens)
-        return mean, *ops.quantize_moments(key, mean, bounds, block_k, sub_block, config.bits)
-
-    def estimate(made: tuple[Tensor, ...]) -> Tensor:
-        sizes = (block_q, block_k, sub_block, *pool, config.bits, config.sink_tokens, config.local_tokens, budget)
-        return ops.mass_hits(query, key, *made, bounds, threshold, scale, *sizes)[0]
-
-    return Split(codes, estimate)
-
-
-SPLITS = {"mass": split_mass, "relative": split_relative}
-"""`SaleConfig.metric` -> its stages."""
 
 
 class Stages:
@@ -94,11 +43,12 @@ class Stages:
         self._widths = list_widths(query, key.shape[2], config, self._min_length, True)
         threshold = torch.as_tensor(config.threshold, dtype=torch.float32, device=query.device)
         threshold = threshold.expand(query.shape[1]).contiguous()
-        self._split = SPLITS[config.metric](inputs, self._bounds, threshold, config, self._widths.budget)
-        self._codes = self._split.codes()
-        self._hits = self._split.estimate(self._codes)
-        early = -(-self._min_length // config.block_size[0]) * config.block_size[0]
-        self.early = early if early < query.shape[2] else 0
+        rule = RULES[config.metric]
+        self._make_codes = partial(rule.codes, query, key, self._bounds, config)
+        of_call = (self._bounds, True, threshold, inputs.scale, config, self._widths.budget)
+        self._estimate = partial(rule.estimate, query, key, self._make_codes(), *of_call)
+        self._hits = self._estimate()[0]
+        self.early = rows_of_early_blocks(self._min_length, config.block_size[0], query.shape[2])
         """How many first rows `sale_attention` leaves to scaled_dot_product_attention; not in `mask`."""
         self.mask: BlockMask | None = None
         """What `MASK` has built and ``flex`` takes, once: two masks of a long call need not fit into memory."""
@@ -106,8 +56,8 @@ class Stages:
     def runs(self) -> dict[str, Callable[[], Any]]:
         """The candidates by name, in `ORDER`."""
         calls: dict[str, Callable[[], Any]] = {
-            "codes": self._split.codes,
-            "estimate": partial(self._split.estimate, self._codes),
+            "codes": self._make_codes,
+            "estimate": self._estimate,
             "compact": self._compact,
             MASK: self.build_mask,
             "flex": self.attend,
@@ -139,6 +89,4 @@ class Stages:
 
     def _attend_early(self) -> Tensor:
         query, key, value = (x[:, :, : self.early] for x in self._inputs[:3])
-        grouped = query.shape[1] != key.shape[1]
-        scale = self._inputs.scale
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        return dense_sdpa(query, key, value, None, self._inputs.scale)

@@ -2,15 +2,36 @@
 """Selection rules: a file each. A rule turns queries and keys into hit bits; the mask builder does the rest."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
 from sale_flex.config import SaleConfig
 from sale_flex.rules import mass, relative
 
-Rule = Callable[[Tensor, Tensor, Tensor, bool, Tensor, float, SaleConfig, int], tuple[Tensor, Tensor | None]]
-"""``rule(query, key, bounds, from_zero, threshold [Hq], scale, config, budget)`` -> hit bits int32
-``[B, Hq, nq, ceil(nk / 32)]``, and hits given up for `budget`, the room in a query block's list, int32 ``[B, Hq, nq]``;
-None from a rule that gives up none."""
 
-RULES: dict[str, Rule] = {"mass": mass.select, "relative": relative.select}
+class Rule(NamedTuple):
+    """A rule in two stages."""
+
+    codes: Callable[[Tensor, Tensor, Tensor, SaleConfig], tuple[Tensor, ...]]
+    """``codes(query, key, bounds, config)``: what the estimate is made from."""
+
+    estimate: Callable[
+        [Tensor, Tensor, tuple[Tensor, ...], Tensor, bool, Tensor, float, SaleConfig, int],
+        tuple[Tensor, Tensor | None],
+    ]
+    """``estimate(query, key, codes, bounds, from_zero, threshold, scale, config, budget)``.
+
+    Takes query ``[B, Hq, Sq, D]``, key ``[B, Hkv, Skv, D]``, bounds int32 ``[B, 3]``, whether every batch row's first
+    valid key is known to be key 0, the threshold float32 ``[Hq]``, the softmax scale, and how many hits a query
+    block's list has room for. Returns hit bits int32 ``[B, Hq, nq, ceil(nk / 32)]``, of which those of always-kept and
+    of hidden blocks mean nothing, and hits given up for the budget, int32 ``[B, Hq, nq]``; None from a rule that gives
+    up none.
+    """
+
+
+RULES: dict[str, Rule] = {
+    "mass": Rule(mass.codes, mass.estimate),
+    "relative": Rule(relative.codes, relative.estimate),
+}
+"""`SaleConfig.metric` -> its rule."""

@@ -11,9 +11,16 @@ from sale_flex import ops
 from sale_flex.config import SaleConfig
 
 
-def select(
+def codes(query: Tensor, key: Tensor, bounds: Tensor, config: SaleConfig) -> tuple[Tensor, ...]:
+    """The smoothing mean and the codes of the keys; pooled rows get theirs inside the estimate."""
+    mean = ops.key_mean(key, bounds, config.smooth_tokens)
+    return mean, *ops.quantize_moments(key, mean, bounds, config.block_size[1], _sub_block(config), config.bits)
+
+
+def estimate(
     query: Tensor,
     key: Tensor,
+    made: tuple[Tensor, ...],
     bounds: Tensor,
     from_zero: bool,
     threshold: Tensor,
@@ -21,37 +28,16 @@ def select(
     config: SaleConfig,
     budget: int,
 ) -> tuple[Tensor, Tensor]:
-    """Hit bits of every block.
-
-    Args:
-        query: ``[B, Hq, Sq, D]``.
-        key: ``[B, Hkv, Skv, D]``.
-        bounds: int32 ``[B, 3]``.
-        from_zero: Whether every batch row's first valid key is known to be key 0; of no use here.
-        threshold: float32 ``[Hq]``, shares of probability.
-        scale: Softmax scale.
-        config: Estimator, pool, block size, bits, sink, local and smoothing lengths.
-        budget: Hits that a query block's index list has room for.
-
-    Returns:
-        int32 ``[B, Hq, nq, ceil(nk / 32)]``; bits of always-kept and of hidden blocks mean nothing. And int32
-        ``[B, Hq, nq]``: hits given up for want of room.
-    """
-    block_q, block_k = config.block_size
-    sub_block = config.sub_block if config.estimator == "moments" else 1
-    mean = ops.key_mean(key, bounds, config.smooth_tokens)
-    moments = ops.quantize_moments(key, mean, bounds, block_k, sub_block, config.bits)
+    """Hit bits, and hits given up for want of room; see `sale_flex.rules.Rule`. `from_zero` is of no use here."""
     return ops.mass_hits(
         query,
         key,
-        mean,
-        *moments,
+        *made,
         bounds,
         threshold,
         scale,
-        block_q,
-        block_k,
-        sub_block,
+        *config.block_size,
+        _sub_block(config),
         config.query_pool if config.query_stride is None else config.query_stride,
         config.query_stride is not None,
         config.bits,
@@ -59,3 +45,7 @@ def select(
         config.local_tokens,
         budget,
     )
+
+
+def _sub_block(config: SaleConfig) -> int:
+    return config.sub_block if config.estimator == "moments" else 1

@@ -11,9 +11,17 @@ from sale_flex import ops
 from sale_flex.config import SaleConfig
 
 
-def select(
+def codes(query: Tensor, key: Tensor, bounds: Tensor, config: SaleConfig) -> tuple[Tensor, ...]:
+    """The smoothing mean, and codes and scales of the queries and of the keys."""
+    mean = ops.key_mean(key, bounds, config.smooth_tokens)
+    of_keys = ops.quantize_groups(key, mean, bounds, config.block_size[1], config.bits)
+    return mean, *ops.quantize_rows(query, config.bits), *of_keys
+
+
+def estimate(
     query: Tensor,
     key: Tensor,
+    made: tuple[Tensor, ...],
     bounds: Tensor,
     from_zero: bool,
     threshold: Tensor,
@@ -21,26 +29,8 @@ def select(
     config: SaleConfig,
     budget: int,
 ) -> tuple[Tensor, None]:
-    """Hit bits of every block.
-
-    Args:
-        query: ``[B, Hq, Sq, D]``.
-        key: ``[B, Hkv, Skv, D]``.
-        bounds: int32 ``[B, 3]``.
-        from_zero: Whether every batch row's first valid key is known to be key 0.
-        threshold: float32 ``[Hq]``.
-        scale: Softmax scale.
-        config: Block size, bits, sink, local and smoothing lengths.
-        budget: Of no use here: lists are as wide as the map.
-
-    Returns:
-        int32 ``[B, Hq, nq, ceil(nk / 32)]``; bits of always-kept and of hidden blocks mean nothing. And
-        None: no hit is given up.
-    """
-    block_q, block_k = config.block_size
-    mean = ops.key_mean(key, bounds, config.smooth_tokens)
-    query_codes, query_scale = ops.quantize_rows(query, config.bits)
-    key_codes, key_scale = ops.quantize_groups(key, mean, bounds, block_k, config.bits)
+    """Hit bits; see `sale_flex.rules.Rule`. Lists are as wide as the map: `budget` is of no use, no hit is given up."""
+    mean, query_codes, query_scale, key_codes, key_scale = made
     limit = ops.row_limits(
         query, key, mean, query_scale, bounds, threshold, scale, config.sink_tokens, config.local_tokens
     )
@@ -52,8 +42,7 @@ def select(
         bounds,
         query.shape[2],
         key.shape[2],
-        block_q,
-        block_k,
+        *config.block_size,
         config.local_tokens,
         from_zero,
     )
