@@ -3,6 +3,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Triton reads this when a kernel is decorated, so it has to be there before any kernel is imported.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What mods are translated to is of no use to others.
+os.environ.setdefault("SALE_FLEX_CACHE_DIR", tempfile.mkdtemp(prefix="sale_flex_mods_"))
 
 # No deadline anywhere: the first example of a property compiles what the others reuse.
 settings.register_profile("dev", max_examples=25, deadline=None)
