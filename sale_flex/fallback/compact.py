@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sale_flex.fallback.bits import pack_bits, unpack_bits
+from sale_flex.bits import pack_bits, unpack_bits
 from sale_flex.geometry import Grid, always_blocks, early_blocks, full_blocks, visible_blocks
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sale_flex.fallback.bits import pack_bits, unpack_bits
+from sale_flex.bits import pack_bits, unpack_bits
 from sale_flex.fallback.pool import LOG2E, exact_part, pool_rows
 from sale_flex.fallback.quantize import quantize_rows
 from sale_flex.geometry import Grid

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sale_flex.fallback.bits import pack_bits
+from sale_flex.bits import pack_bits
 
 STEP_ROWS = 256
 

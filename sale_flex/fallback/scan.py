@@ -7,7 +7,7 @@ Products of codes are taken in float32, where they are exact: at most 127 * 127 
 import torch
 from torch import Tensor
 
-from sale_flex.fallback.bits import pack_bits
+from sale_flex.bits import pack_bits
 from sale_flex.geometry import Grid
 
 _TILE_ELEMENTS = 2**24

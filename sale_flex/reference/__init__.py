@@ -41,6 +41,7 @@ from sale_flex.reference.mass import (
     quantize_moments,
     row_masses,
 )
+from sale_flex.reference.programmed import programmed_attention, programmed_keep_map, seen_elements
 from sale_flex.reference.relative import element_scores, quantize_groups, relative_choice, row_limits
 
 __all__ = [
@@ -63,11 +64,14 @@ __all__ = [
     "mass_options",
     "moment_logits",
     "pool_rows",
+    "programmed_attention",
+    "programmed_keep_map",
     "quantize_groups",
     "quantize_moments",
     "quantize_rows",
     "row_limits",
     "row_masses",
+    "seen_elements",
     "visible",
 ]
 
