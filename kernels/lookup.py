@@ -29,20 +29,21 @@ def kept_table(kept: Tensor, block_q: int, block_k: int, table_words: int) -> tu
     """Kept bits as a flat table, and how to find a block in it.
 
     Args:
-        kept: int32 ``[B, Hq, nq, ceil(nk / 32)]`` from `build_lists`, fewer than 2**31 words.
+        kept: int32 ``[1 | B, 1 | Hq, nq, ceil(nk / 32)]``, contiguous, fewer than 2**31 words.
         block_q: Query rows a block, a power of two.
         block_k: Keys a block, a power of two.
         table_words: Length of the table, at least the words of `kept`.
 
     Returns:
-        int32 ``[table_words]``, and int32 ``[5]``: strides of batch row, head and query block, log2 of `block_q` and of
-        `block_k`.
+        int32 ``[table_words]``, and int32 ``[5]``: strides of batch row, head and query block (0 where there is one for
+        all), log2 of `block_q` and of `block_k`.
     """
     table = kept.new_empty(table_words)
     layout = kept.new_empty(5)
     chunk = 4096
+    strides = [0 if size == 1 else stride for size, stride in zip(kept.shape[:3], kept.stride())]
     _kept_table_kernel[(triton.cdiv(table_words, chunk),)](
-        kept, table, layout, kept.numel(), table_words, *kept.stride()[:3],
+        kept, table, layout, kept.numel(), table_words, *strides,
         LOG_Q=block_q.bit_length() - 1, LOG_K=block_k.bit_length() - 1, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     return table, layout

@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which candidate blocks of a programmed call take more than a share of a pooled row's softmax.
+
+Entry point: `listed_mass`. A program takes the pooled rows of one query block, of a few heads that share keys, and
+walks the query block's lists. Always-kept blocks and partial candidates are weighed element by element, whole
+candidates by the codes of their sub-blocks' moments, gathered through the list. Masses are written down, relative to
+a reference of each row, and compared with the row's cut once its total is known. Programs are persistent, so that what
+is written down is bounded by the GPU's size.
+
+The reference is what the exact part weighs. A row whose codes exceed it beyond float32, or whose score_mod gives what
+is not finite, is noticed in its total; its tile is then weighed again, carefully, relative to the largest logit. Masses
+below 2**-126 of the reference count as none.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .listed_weights import CAREFUL, FAST, PEAK, weigh, weigh_exactly
+from .seen import at_head, listed_arguments, mod_arguments
+
+
+@triton.jit
+def _decide(
+    scratch_ptr, scratch_stride, cut_ptr, all_hit, list_ptr, count, flags_ptr, hits_ptr, hits_stride,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """How many candidates of each head are hit, flags not counted, int32 ``[H]``; their bits are set if WRITE.
+
+    Args:
+        scratch_ptr: Masses of the first head's first row; the other rows and heads follow.
+        scratch_stride: From row to row.
+        cut_ptr: What masses of each row have to reach, float32 ``[H * ROWS]``, above 0.
+        all_hit: Whether every candidate of a head is hit, ``[H]``.
+        list_ptr: Candidates.
+        count: How many.
+        flags_ptr: Words of blocks that are hit in any case.
+        hits_ptr: The first head's words.
+        hits_stride: From head to head.
+        ROWS: Rows of a head.
+        CHUNK: Masses of a row of every head looked at together.
+        WRITE: Whether to set bits.
+    """
+    UNROLL: tl.constexpr = 8 if ROWS > 8 else ROWS
+    HEADS: tl.constexpr = all_hit.shape[0]
+    SLOTS: tl.constexpr = CHUNK // HEADS
+    member = tl.arange(0, HEADS)
+    cuts_at = (cut_ptr + member * ROWS)[:, None]
+    rows_at = (scratch_ptr + member * (ROWS * scratch_stride))[:, None]
+    words_at = (hits_ptr + member * hits_stride)[:, None]
+    counts = tl.zeros([HEADS, SLOTS], tl.int32)
+    for first in range(0, count, SLOTS):
+        slot = (first + tl.arange(0, SLOTS))[None, :]
+        there = slot < count
+        hit = tl.zeros([HEADS, SLOTS], tl.int1) | all_hit[:, None]
+        for row in range(0, ROWS, UNROLL):
+            for unrolled in tl.static_range(UNROLL):
+                mass = tl.load(rows_at + (row + unrolled) * scratch_stride + slot, mask=there, other=0.0)
+                hit = hit | (mass >= tl.load(cuts_at + row + unrolled))
+        block = tl.load(list_ptr + slot, mask=there, other=0)
+        flag = ((tl.load(flags_ptr + block // 32, mask=there, other=0) >> (block % 32)) & 1) == 1
+        counts += (there & hit & (flag == 0)).to(tl.int32)
+        if WRITE:
+            bit = tl.full([1, SLOTS], 1, tl.int32) << (block % 32)
+            words, bit = tl.broadcast(words_at + block // 32, bit)
+            tl.atomic_or(words, bit, mask=there & (hit | flag), sem="relaxed")
+    return tl.sum(counts, axis=1)
+
+
+@triton.jit
+def _store_raised(cut_ptr, cut, raised, of_member):
+    """Store cuts [M], raised by eighths of an octave, of each head [H], whose rows `of_member` [H, M] says."""
+    raised = tl.sum(tl.where(of_member, raised[:, None], 0), axis=0)
+    tl.debug_barrier()
+    tl.store(cut_ptr + tl.arange(0, cut.shape[0]), cut * tl.exp2(raised * 0.125))
+    tl.debug_barrier()
+
+
+@triton.jit
+def _listed_mass_kernel(
+    key_ptr, stride_b, stride_h, stride_s, stride_d, mu_ptr, mu_scale_ptr, var_ptr, var_scale_ptr, flags_ptr,
+    rows_ptr, codes_ptr, squares_ptr, code_scale_ptr, shift_ptr, counts_ptr, lists_ptr, full_ptr, bounds_ptr,
+    listed_ptr, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold_ptr,
+    scratch_ptr, hits_ptr, dropped_ptr,
+    q_len, kv_len, tiles, query_blocks, key_blocks, words, sub_rows, scratch_stride,
+    logit_scale, square_factor, budget,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, STRUCTURE_HEADS: tl.constexpr, TOGETHER: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SCORE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    G: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Hit words of query blocks, tile after tile: TOGETHER heads that share keys, and a list, of one query block."""
+    ROWS: tl.constexpr = BLOCK_Q // P  # pooled rows a query block
+    GROUPS: tl.constexpr = HEADS // TOGETHER
+    # A program's scratch: the cut of every row, then the masses of every row.
+    cut_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (BLOCK_M * (scratch_stride + 1))
+    scratch_ptr = cut_ptr + BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_head = (offsets_d < D)[None, :]
+    masses_ptr = scratch_ptr + rows * scratch_stride
+    groups = tiles // query_blocks
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        query_block = query_blocks - 1 - tile // groups
+        b = tile % groups // GROUPS
+        head = tile % groups % GROUPS * TOGETHER
+        kv_head = (b * KV_HEADS + head // (HEADS // KV_HEADS)).to(tl.int64)
+        offset = tl.load(bounds_ptr + b * 3)
+        start = tl.load(bounds_ptr + b * 3 + 1)
+        end = tl.load(bounds_ptr + b * 3 + 2)
+        line = (b * STRUCTURE_HEADS + (head if STRUCTURE_HEADS > 1 else 0)).to(tl.int64) * query_blocks + query_block
+        always = tl.load(counts_ptr + line * 3)
+        partial = tl.load(counts_ptr + line * 3 + 1)
+        whole = tl.load(counts_ptr + line * 3 + 2)
+        list_ptr = lists_ptr + line * key_blocks
+
+        # Rows beyond the tile's heads repeat the last head's, and do not exist.
+        of_head = tl.minimum(rows // ROWS, TOGETHER - 1)
+        row = query_block * ROWS + rows % ROWS
+        at = (b * HEADS + head + of_head).to(tl.int64) * (query_blocks * ROWS) + row
+        q = tl.minimum(tl.minimum(row * P + P, q_len), end - offset) - 1  # the last real row
+        exists = (q >= tl.maximum(row * P, start - offset)) & (rows < TOGETHER * ROWS)
+        q = tl.where(exists, q, -1)
+        code_scale = tl.load(code_scale_ptr + at)
+        finite = code_scale == code_scale
+        asks = exists & finite
+        code_scale = tl.where(finite, code_scale, 0.0)
+        shift = tl.where(finite, tl.load(shift_ptr + at), 0.0)
+        if TOGETHER > 1:
+            h = head + of_head[:, None]
+        else:
+            h = head
+        key_at = key_ptr + b.to(tl.int64) * stride_b + (head // (HEADS // KV_HEADS)).to(tl.int64) * stride_h
+        exact = weigh_exactly(
+            masses_ptr, rows_ptr, at, key_at, stride_s, stride_d, full_ptr + line * words, list_ptr, always, partial,
+            b, head, h, q, query_block * BLOCK_Q, offset, start, end, q_len, kv_len,
+            at_head(listed_ptr, b, head, listed_b, listed_h, LISTED_Q), listed_words, mask_aux, score_aux, logit_scale,
+            CAUSAL, MASK, LISTED_Q, LISTED_K, SCORE, D, BLOCK_D, CHUNK_D, BLOCK_K, P, ROWS, BLOCK_E,
+        )  # fmt: skip
+
+        codes = tl.load(codes_ptr + at[:, None] * D + offsets_d[None, :], mask=in_head, other=0)  # [BLOCK_M, BLOCK_D]
+        if G > 1:
+            squares = tl.load(squares_ptr + at[:, None] * D + offsets_d[None, :], mask=in_head, other=0)
+        else:
+            squares = codes
+        mu_at = mu_ptr + kv_head * sub_rows * D
+        mu_scale_at = mu_scale_ptr + kv_head * (sub_rows // (BLOCK_K // G))
+        var_at = var_ptr + kv_head * sub_rows * D
+        var_scale_at = var_scale_ptr + kv_head * (sub_rows // (BLOCK_K // G))
+        by_row = code_scale * logit_scale
+        by_square = code_scale * code_scale * square_factor
+        there = tl.maximum(q, 0)
+        if TOGETHER > 1:
+            h = head + of_head[:, None, None, None]
+        reference = tl.where(exact == float("-inf"), 0.0, exact)
+        total = tl.exp2(exact - reference)
+        if whole > 0:
+            total += weigh(
+                FAST, masses_ptr + partial, list_ptr + always + partial, whole, codes, squares,
+                mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, shift, reference, b, h, there, score_aux,
+                SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N,
+            )  # fmt: skip
+            # Below the bound, which only a row without an exact part reaches, what is small may have become nothing.
+            trusted = (total >= 2.0**-24) & (total < float("inf"))
+            if tl.max((asks & (trusted == 0)).to(tl.int32)) > 0:
+                peak = weigh(
+                    PEAK, masses_ptr + partial, list_ptr + always + partial, whole, codes, squares,
+                    mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, shift, tl.zeros_like(reference),
+                    b, h, there, score_aux, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N,
+                )  # fmt: skip
+                peak = tl.maximum(peak, exact)
+                reference = tl.where(peak == float("-inf"), 0.0, peak)
+                tl.debug_barrier()
+                total = tl.exp2(exact - reference)
+                total += weigh(
+                    CAREFUL, masses_ptr + partial, list_ptr + always + partial, whole, codes, squares,
+                    mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, shift, reference, b, h, there,
+                    score_aux, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N,
+                )  # fmt: skip
+        tl.debug_barrier()
+        for slot in range(0, partial):
+            weight = tl.load(masses_ptr + slot)
+            tl.store(masses_ptr + slot, tl.exp2(weight - reference))
+
+        threshold = tl.load(threshold_ptr + head + of_head)
+        cut = total * tl.where(threshold > 0, threshold, 2.0**-100)
+        never = (asks == 0) | (threshold >= 1.0)
+        cut = tl.where(never, float("inf"), tl.maximum(cut, 2.0**-126))
+        tl.store(cut_ptr + rows, cut)
+        # Until the budget raises cuts, a row that is not finite asks for everything, and so does threshold 0.
+        greedy = (exists & (finite == 0)) | (threshold == 0.0)
+        tl.debug_barrier()
+        flags_at = flags_ptr + kv_head * words
+        member = tl.arange(0, TOGETHER)
+        of_member = rows[None, :] // ROWS == member[:, None]
+        all_hit = tl.max((of_member & greedy[None, :]).to(tl.int32), axis=1) > 0
+        hits_line = (b * HEADS + head).to(tl.int64) * query_blocks + query_block
+        hits_at = hits_ptr + hits_line * words
+        hits_stride = query_blocks * words
+        wanted = _decide(
+            scratch_ptr, scratch_stride, cut_ptr, all_hit, list_ptr + always, partial + whole, flags_at,
+            hits_at, hits_stride, ROWS, CHUNK, True,
+        )  # fmt: skip
+        dropped = tl.zeros([TOGETHER], tl.int32)
+        if tl.max(wanted) > budget:
+            # The least raises, in eighths of an octave, that are enough: what is hit gets less with them. From 2**11 on
+            # nothing is.
+            low = dropped + 1
+            high = tl.where(wanted > budget, 2048, 0)
+            count = wanted
+            while tl.max(high - low) > 0:
+                middle = (low + high) // 2
+                _store_raised(cut_ptr, cut, middle, of_member)
+                here = _decide(
+                    scratch_ptr, scratch_stride, cut_ptr, dropped > 0, list_ptr + always, partial + whole, flags_at,
+                    hits_at, hits_stride, ROWS, CHUNK, False,
+                )  # fmt: skip
+                fits = (here <= budget) & (low < high)
+                low = tl.where((here > budget) & (low < high), middle + 1, low)
+                high = tl.where(fits, middle, high)
+                count = tl.where(fits, here, count)
+            # At the last raise nothing but flags is hit, and it is never looked at.
+            dropped = wanted - tl.where(high == 2048, 0, count)
+            for word in range(0, words, CHUNK // TOGETHER):
+                word_at = (word + tl.arange(0, CHUNK // TOGETHER))[None, :]
+                cleared = tl.zeros([TOGETHER, CHUNK // TOGETHER], tl.int32)
+                tl.store(hits_at + member[:, None] * hits_stride + word_at, cleared, mask=word_at < words)
+            _store_raised(cut_ptr, cut, high, of_member)
+            _decide(
+                scratch_ptr, scratch_stride, cut_ptr, all_hit & (high == 0), list_ptr + always, partial + whole,
+                flags_at, hits_at, hits_stride, ROWS, CHUNK, True,
+            )  # fmt: skip
+        tl.store(dropped_ptr + hits_line + member * query_blocks, dropped)
+        tl.debug_barrier()
+
+
+def heads_together(group: int, rows: int) -> int:
+    """How many of the `group` heads that share keys make a tile: a power of two that divides them."""
+    return min(group & -group, max(1, 64 // rows))
+
+
+def tile_options(head_dim: int, element_size: int, rows: int, together: int, subs: int, block_k: int) -> dict[str, int]:
+    """Tile and launch options for `together` heads of `rows` pooled rows a query block, `subs` sub-blocks a key block.
+
+    Wide heads take smaller tiles, to fit every GPU's shared memory.
+    """
+    wide = head_dim > 128
+    block_m = max(rows * together, 16)
+    block_n = 128 if subs > 16 and not wide else 64
+    channels = triton.next_power_of_2(head_dim)
+    return {
+        "BLOCK_M": block_m,
+        # A step has at least one key block.
+        "BLOCK_N": max(block_n if block_m >= 64 else block_n // 2, subs),
+        "BLOCK_E": min(block_k, 64),
+        "CHUNK_D": channels if channels * element_size <= 256 else 8192 // (max(block_m, 64) * element_size),
+        "num_warps": max(1, min(4, block_m // 16)),
+        "num_stages": (1 if block_m > 64 else 2) if wide else 3,
+        "maxnreg": 168 if block_m <= 64 else 255,
+    }
+
+
+def resident_programs(device: torch.device, block_m: int) -> int:
+    """Programs that a GPU runs at once, as far as registers let it; a few where there is none (the interpreter)."""
+    if device.type != "cuda":
+        return 4
+    a_multiprocessor = 2 if block_m > 64 else 3 if block_m == 64 else 6
+    return a_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def listed_mass(
+    key: Tensor,
+    mean_codes: Tensor,
+    mean_scale: Tensor,
+    var_codes: Tensor,
+    var_scale: Tensor,
+    nonfinite: Tensor,
+    rows: Tensor,
+    codes: Tensor,
+    square_codes: Tensor,
+    code_scale: Tensor,
+    shift: Tensor,
+    counts: Tensor,
+    lists: Tensor,
+    full: Tensor,
+    bounds: Tensor,
+    causal: bool,
+    mask: Any,
+    listed: Tensor | None,
+    listed_q: int,
+    listed_k: int,
+    score: Any,
+    threshold: Tensor,
+    scale: float,
+    q_len: int,
+    block_q: int,
+    block_k: int,
+    sub_block: int,
+    pool: int,
+    bits: int,
+    budget: int,
+) -> tuple[Tensor, Tensor]:
+    """Candidate blocks whose mass in some pooled row passes the threshold, as bits.
+
+    Args:
+        key: ``[B, Hkv, Skv, D]``, any strides.
+        mean_codes: From `quantize_moments` with the same `block_k`, `sub_block` and `bits`, and so are the next four.
+        mean_scale: Scales of the means.
+        var_codes: Codes of the variances.
+        var_scale: Scales of the variances.
+        nonfinite: Bits of the key blocks that are not finite: always hit.
+        rows: From `listed_pool` with the same `block_q`, `pool` and `bits`, and so are the next four.
+        codes: Codes of the pooled rows.
+        square_codes: Squares of the codes.
+        code_scale: Scales of the codes.
+        shift: Logits of the smoothing mean.
+        counts: From `block_lists`.
+        lists: From `block_lists`.
+        full: Bits of full blocks, from `block_structure`: no mask is asked there. A bit of 0 is right, only slower.
+        bounds: int32 ``[B, 3]``.
+        causal: As in `block_structure`, and so are the next four.
+        mask: mask_mod, or None.
+        listed: The caller's block mask, or None.
+        listed_q: Query rows a block of it.
+        listed_k: Keys a block of it.
+        score: score_mod as jit function and what it reads, or None.
+        threshold: float32 ``[Hq]``: share of a row's probability; 0 hits all candidates, 1 and more none.
+        scale: Softmax scale.
+        q_len: Sq.
+        block_q: Query rows a block.
+        block_k: Keys a block.
+        sub_block: Keys a sub-block; 1: scan every key, without variances.
+        pool: Query rows a pooled row.
+        bits: 4 or 8.
+        budget: Candidates a query block may hit at most; where more pass, its rows' cuts rise.
+
+    Returns:
+        int32 ``[B, Hq, nq, ceil(nk / 32)]``, and int32 ``[B, Hq, nq]``: hits given up for the budget.
+    """
+    batch, heads, _, dim = codes.shape
+    kv_heads, kv_len = key.shape[1:3]
+    query_blocks, key_blocks = counts.shape[2], lists.shape[3]
+    words = nonfinite.shape[2]
+    hits = codes.new_zeros(batch, heads, query_blocks, words, dtype=torch.int32)
+    dropped = codes.new_empty(batch, heads, query_blocks, dtype=torch.int32)
+    group = heads // kv_heads
+    rows_q = block_q // pool
+    # Heads that see different things have lists of their own.
+    together = heads_together(group, rows_q) if counts.shape[1] == 1 else 1
+    options = tile_options(dim, key.element_size(), rows_q, together, block_k // sub_block, block_k)
+    tiles = query_blocks * batch * heads // together
+    programs = min(tiles, resident_programs(key.device, options["BLOCK_M"]))
+    # A step's masses are written whole.
+    step_blocks = max(1, options["BLOCK_N"] * sub_block // block_k)
+    stride = triton.cdiv(key_blocks + step_blocks, 16) * 16
+    scratch = codes.new_empty(programs, options["BLOCK_M"] * (stride + 1), dtype=torch.float32)
+    listed_tensor, listed_b, listed_h, listed_words = listed_arguments(listed, bounds)
+    mask_function, mask_aux = mod_arguments(mask)
+    score_function, score_aux = mod_arguments(score)
+    _listed_mass_kernel[(programs,)](
+        key, *key.stride(), mean_codes, mean_scale, var_codes, var_scale, nonfinite,
+        rows, codes, square_codes, code_scale, shift, counts, lists, full, bounds,
+        listed_tensor, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold, scratch, hits, dropped,
+        q_len, kv_len, tiles, query_blocks, key_blocks, words, mean_codes.shape[2], stride,
+        scale, scale * scale / 2 * math.log2(math.e) * (1.0 if bits == 4 else 128.0), budget,
+        HEADS=heads, KV_HEADS=kv_heads, STRUCTURE_HEADS=counts.shape[1], TOGETHER=together,
+        CAUSAL=causal, MASK=mask_function, LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
+        SCORE=score_function, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
+        G=sub_block, P=pool, CHUNK=512, **options,
+    )  # fmt: skip
+    return hits, dropped

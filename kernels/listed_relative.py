@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The relative rule of a programmed call: what rows' scores must reach, and which candidate blocks do.
+
+Entry points: `listed_limits` and `listed_scan`. A program of the first takes rows of one query block of one head and
+walks its always-kept blocks, which hold all sink and local keys; the second takes a query block, multiplies its codes
+with those of the candidates' keys on the int8 matrix units, and looks at every score after the score_mod. Whole
+candidates, which all rows see, are not masked.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import is_finite, nan_max
+from .seen import at_head, listed_arguments, mod_arguments, seen
+
+
+@triton.jit
+def _listed_limits_kernel(
+    query_ptr, stride_qb, stride_qh, stride_qs, stride_qd, key_ptr, stride_kb, stride_kh, stride_ks, stride_kd,
+    mean_ptr, counts_ptr, lists_ptr, rows_ptr, bounds_ptr,
+    listed_ptr, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold_ptr, limit_ptr, shift_ptr,
+    scale, q_len, kv_len, query_blocks, key_blocks, sink_tokens, local_tokens,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, STRUCTURE_HEADS: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SCORE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Limits of BLOCK_M rows of one head."""
+    TILES: tl.constexpr = BLOCK_K // BLOCK_N
+    bh = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1) // HEADS
+    head = tl.program_id(1) % HEADS
+    kv_head = head // (HEADS // KV_HEADS)
+    offset = tl.load(bounds_ptr + b * 3)
+    start = tl.load(bounds_ptr + b * 3 + 1)
+    end = tl.load(bounds_ptr + b * 3 + 2)
+    structure = (b * STRUCTURE_HEADS + (head if STRUCTURE_HEADS > 1 else 0)).to(tl.int64)
+    line = structure * query_blocks + tl.program_id(0) * BLOCK_M // BLOCK_Q
+    always = tl.load(counts_ptr + line * 3)
+    list_ptr = lists_ptr + line * key_blocks
+    listed_ptr = at_head(listed_ptr, b, head, listed_b, listed_h, LISTED_Q)
+
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = rows < q_len
+    ends = rows_ptr + structure * 2 * query_blocks * BLOCK_Q + rows
+    first = tl.load(ends)
+    last = tl.load(ends + query_blocks * BLOCK_Q)
+    position = offset + rows
+    offsets_d = tl.arange(0, BLOCK_D)
+    query_ptr += b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    pointers = query_ptr + rows.to(tl.int64)[:, None] * stride_qs + offsets_d[None, :] * stride_qd
+    query = tl.load(pointers, mask=there[:, None] & (offsets_d < D)[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+    mean_at = mean_ptr + (b * KV_HEADS + kv_head).to(tl.int64) * D
+    mean = tl.load(mean_at + offsets_d, mask=offsets_d < D, other=0.0)
+    shift = tl.sum(query.to(tl.float32) * mean[None, :], axis=1) * scale
+    key_ptr += b.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
+
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for step in range(0, always * TILES):
+        first_key = tl.load(list_ptr + step // TILES) * BLOCK_K + step % TILES * BLOCK_N
+        kv = first_key + tl.arange(0, BLOCK_N)
+        key_at = key_ptr + kv.to(tl.int64)[None, :] * stride_ks + offsets_d[:, None] * stride_kd
+        key = tl.load(key_at, mask=(offsets_d < D)[:, None] & (kv < kv_len)[None, :], other=0.0)
+        logits = tl.dot(query, key, input_precision="ieee") * scale
+        kv = kv[None, :]
+        if SCORE is not None:
+            score = SCORE(logits, b, head, tl.minimum(rows, q_len - 1)[:, None], tl.minimum(kv, kv_len - 1), score_aux)
+            logits, _ = tl.broadcast(score.to(tl.float32), logits)
+        near = kv < first[:, None] + sink_tokens
+        if CAUSAL:
+            near = near | (kv > position[:, None] - local_tokens)
+        else:
+            near = near | ((kv > position[:, None] - local_tokens) & (kv < position[:, None] + local_tokens))
+        near = near & seen(
+            b, head, rows[:, None], kv, first_key, offset, start, end, q_len, kv_len,
+            listed_ptr, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_N,
+        )  # fmt: skip
+        logits = tl.where(near, logits, float("-inf"))
+        # A NaN reaches the limit by way of the sum, and so does an infinity: inf - inf is NaN, and not taken.
+        new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+        safe = tl.where(is_finite(new_peak), new_peak, 0.0)
+        total = total * tl.exp(peak - safe) + tl.sum(tl.exp(logits - safe[:, None]), axis=1)
+        peak = new_peak
+    threshold = tl.load(threshold_ptr + head)
+    limit = tl.where(threshold > 0, peak + tl.log(total) + tl.log(threshold), float("-inf"))
+    out = bh * query_blocks * BLOCK_Q + rows
+    tl.store(limit_ptr + out, tl.where(last >= 0, limit, float("inf")))
+    tl.store(shift_ptr + out, shift)
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _listed_scan_kernel(
+    query_codes_ptr, query_scale_ptr, key_codes_ptr, key_scale_ptr, limit_ptr, shift_ptr, counts_ptr, lists_ptr,
+    bounds_ptr, listed_ptr, listed_b, listed_h, listed_words, mask_aux, score_aux, hits_ptr,
+    scale, q_len, kv_len, query_rows, key_rows, query_blocks, key_blocks, words,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, STRUCTURE_HEADS: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SCORE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Hit bits of one query block of one head."""
+    query_block = tl.num_programs(0) - 1 - tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1) // HEADS
+    head = tl.program_id(1) % HEADS
+    kv_head = (b * KV_HEADS + head // (HEADS // KV_HEADS)).to(tl.int64)
+    offset = tl.load(bounds_ptr + b * 3)
+    start = tl.load(bounds_ptr + b * 3 + 1)
+    end = tl.load(bounds_ptr + b * 3 + 2)
+    line = (b * STRUCTURE_HEADS + (head if STRUCTURE_HEADS > 1 else 0)).to(tl.int64) * query_blocks + query_block
+    always = tl.load(counts_ptr + line * 3)
+    partial = tl.load(counts_ptr + line * 3 + 1)
+    whole = tl.load(counts_ptr + line * 3 + 2)
+    list_ptr = lists_ptr + line * key_blocks + always
+    listed_ptr = at_head(listed_ptr, b, head, listed_b, listed_h, LISTED_Q)
+
+    rows = query_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    real = (rows < q_len) & (offset + rows >= start) & (offset + rows < end)
+    q = tl.minimum(rows, q_len - 1)[:, None]
+    offsets_d = tl.arange(0, BLOCK_D)
+    d_mask = (offsets_d < D)[None, :]
+    codes_at = query_codes_ptr + (bh * query_rows + rows)[:, None] * D + offsets_d[None, :]
+    codes = tl.load(codes_at, mask=d_mask, other=0)  # [BLOCK_Q, BLOCK_D]
+    by_row = tl.load(query_scale_ptr + bh * q_len + rows, mask=rows < q_len, other=0.0) * scale
+    limit = tl.load(limit_ptr + bh * query_blocks * BLOCK_Q + rows)
+    shift = tl.load(shift_ptr + bh * query_blocks * BLOCK_Q + rows)
+    key_codes_ptr += kv_head * key_rows * D
+    key_scale_ptr += kv_head * (key_rows // BLOCK_K)
+    hits_ptr += (bh * query_blocks + query_block) * words
+    column = tl.arange(0, BLOCK_K)
+
+    # A bit per slot of the list and row, looked at together when a word is full: slot s is bit s % 32.
+    bits = tl.zeros([BLOCK_Q], tl.int32)
+    slots = tl.arange(0, 32)
+    count = partial + whole
+    ahead = tl.load(list_ptr, mask=count > 0, other=0)  # read a step ahead, so that codes can be as well
+    for slot in range(0, count):
+        key_rows_at = (ahead * BLOCK_K + column)[:, None] * D
+        key_codes = tl.load(key_codes_ptr + key_rows_at + offsets_d[None, :], mask=d_mask, other=0)
+        ahead = tl.load(list_ptr + tl.minimum(slot + 1, count - 1))
+        block = tl.load(list_ptr + slot)
+        kv = block * BLOCK_K + column
+        product = tl.dot(codes, tl.trans(key_codes), out_dtype=tl.int32).to(tl.float32)
+        of_key = tl.load(key_scale_ptr + tl.maximum(kv - start, 0) // BLOCK_K)
+        estimate = product * (of_key[None, :] * by_row[:, None]) + shift[:, None]
+        if SCORE is not None:
+            score = SCORE(estimate, b, head, q, tl.minimum(kv, kv_len - 1)[None, :], score_aux)
+            estimate, _ = tl.broadcast(score.to(tl.float32), estimate)
+        if slot < partial:
+            sees = seen(
+                b, head, rows[:, None], kv[None, :], block * BLOCK_K, offset, start, end, q_len, kv_len,
+                listed_ptr, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_K,
+            )  # fmt: skip
+            # Negated, so that a NaN on either side hits.
+            hit = tl.max((sees & ((estimate < limit[:, None]) == 0)).to(tl.int32), axis=1)
+        else:
+            hit = (real & ((tl.reduce(estimate, 1, nan_max) < limit) == 0)).to(tl.int32)
+        bits |= hit << (slot % 32)
+        if (slot % 32 == 31) | (slot == count - 1):
+            word = tl.reduce(bits, 0, _or)
+            slot_at = slot // 32 * 32 + slots
+            mask = (slot_at < count) & (((word >> slots) & 1) == 1)
+            at = tl.load(list_ptr + slot_at, mask=mask, other=0)
+            tl.atomic_or(hits_ptr + at // 32, tl.full([32], 1, tl.int32) << (at % 32), mask=mask, sem="relaxed")
+            bits = tl.zeros([BLOCK_Q], tl.int32)
+
+
+def listed_limits(
+    query: Tensor,
+    key: Tensor,
+    mean: Tensor,
+    counts: Tensor,
+    lists: Tensor,
+    rows: Tensor,
+    bounds: Tensor,
+    causal: bool,
+    mask: Any,
+    listed: Tensor | None,
+    listed_q: int,
+    listed_k: int,
+    score: Any,
+    threshold: Tensor,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    sink_tokens: int,
+    local_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """What a row's scores must reach: the log-sum-exp over its sink and local keys, plus ln threshold.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, any strides.
+        key: ``[B, Hkv, Skv, D]``, any strides, the query's dtype.
+        mean: float32 ``[B, Hkv, D]``, the smoothing mean.
+        counts: From `block_lists`.
+        lists: From `block_lists`.
+        rows: From `block_structure`.
+        bounds: int32 ``[B, 3]``.
+        causal: As in `block_structure`, and so are the next four.
+        mask: mask_mod, or None.
+        listed: The caller's block mask, or None.
+        listed_q: Query rows a block of it.
+        listed_k: Keys a block of it.
+        score: score_mod as jit function and what it reads, or None.
+        threshold: float32 ``[Hq]``, relative attention score.
+        scale: Softmax scale.
+        block_q: Query rows a block.
+        block_k: Keys a block.
+        sink_tokens: Keys from a row's first on that are in the statistics.
+        local_tokens: Keys up to its position (without `causal`, also from it on) that are.
+
+    Returns:
+        float32 ``[B, Hq, nq * block_q]`` both: the limit, +inf for rows that see nothing, and `scale` times row times
+        `mean`.
+    """
+    batch, heads, q_len, dim = query.shape
+    query_blocks, key_blocks = counts.shape[2], lists.shape[3]
+    limit, shift = (query.new_empty(batch, heads, query_blocks * block_q, dtype=torch.float32) for _ in range(2))
+    listed_tensor, listed_b, listed_h, listed_words = listed_arguments(listed, bounds)
+    mask_function, mask_aux = mod_arguments(mask)
+    score_function, score_aux = mod_arguments(score)
+    # Tiles as in `row_limits`.
+    block_d = triton.next_power_of_2(dim)
+    block_m = max(16, min(64, 16384 // (block_d * query.element_size())))
+    _listed_limits_kernel[(query_blocks * block_q // block_m, batch * heads)](
+        query, *query.stride(), key, *key.stride(), mean, counts, lists, rows, bounds,
+        listed_tensor, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold, limit, shift,
+        scale, q_len, key.shape[2], query_blocks, key_blocks, sink_tokens, local_tokens,
+        HEADS=heads, KV_HEADS=key.shape[1], STRUCTURE_HEADS=counts.shape[1],
+        CAUSAL=causal, MASK=mask_function, LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
+        SCORE=score_function, D=dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k,
+        BLOCK_M=block_m, BLOCK_N=max(16, min(block_k, block_m // 2)), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return limit, shift
+
+
+def scan_options(head_dim: int, block_q: int, block_k: int) -> dict[str, int]:
+    """Launch options of the scan; wide heads are loaded less far ahead, to fit every GPU's shared memory."""
+    wide = head_dim > 128
+    return {"num_warps": 8 if block_q * block_k > 8192 else 4, "num_stages": 2 if wide else 3}
+
+
+def listed_scan(
+    query_codes: Tensor,
+    query_scale: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    limit: Tensor,
+    shift: Tensor,
+    counts: Tensor,
+    lists: Tensor,
+    bounds: Tensor,
+    causal: bool,
+    mask: Any,
+    listed: Tensor | None,
+    listed_q: int,
+    listed_k: int,
+    score: Any,
+    scale: float,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_k: int,
+) -> Tensor:
+    """Candidate blocks with an element that reaches its row's limit, as bits.
+
+    Args:
+        query_codes: int8 ``[B, Hq, R, D]`` from `quantize_rows`, R the padded rows.
+        query_scale: float32 ``[B, Hq, Sq]``.
+        key_codes: int8 ``[B, Hkv, R', D]`` from `quantize_groups` with ``group = block_k``.
+        key_scale: float32 ``[B, Hkv, R' / block_k]``.
+        limit: From `listed_limits`.
+        shift: From `listed_limits`.
+        counts: From `block_lists`.
+        lists: From `block_lists`.
+        bounds: int32 ``[B, 3]``.
+        causal: As in `block_structure`, and so are the next four.
+        mask: mask_mod, or None.
+        listed: The caller's block mask, or None.
+        listed_q: Query rows a block of it.
+        listed_k: Keys a block of it.
+        score: score_mod as jit function and what it reads, or None.
+        scale: Softmax scale.
+        q_len: Sq.
+        kv_len: Skv.
+        block_q: Query rows a block.
+        block_k: Keys a block.
+
+    Returns:
+        int32 ``[B, Hq, nq, ceil(nk / 32)]``; only the bits of candidates mean anything.
+    """
+    batch, heads, query_rows, dim = query_codes.shape
+    query_blocks, key_blocks = counts.shape[2], lists.shape[3]
+    words = triton.cdiv(key_blocks, 32)
+    hits = query_codes.new_zeros(batch, heads, query_blocks, words, dtype=torch.int32)
+    listed_tensor, listed_b, listed_h, listed_words = listed_arguments(listed, bounds)
+    mask_function, mask_aux = mod_arguments(mask)
+    score_function, score_aux = mod_arguments(score)
+    _listed_scan_kernel[(query_blocks, batch * heads)](
+        query_codes, query_scale, key_codes, key_scale, limit, shift, counts, lists, bounds,
+        listed_tensor, listed_b, listed_h, listed_words, mask_aux, score_aux, hits,
+        scale, q_len, kv_len, query_rows, key_codes.shape[2], query_blocks, key_blocks, words,
+        HEADS=heads, KV_HEADS=key_codes.shape[1], STRUCTURE_HEADS=counts.shape[1],
+        CAUSAL=causal, MASK=mask_function, LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
+        SCORE=score_function, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
+        **scan_options(dim, block_q, block_k),
+    )  # fmt: skip
+    return hits

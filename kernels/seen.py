@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which key a query row of a programmed call sees: positions, the mask_mod and the caller's own block mask.
+
+Jit helpers that the kernels of programmed calls share. A mask_mod comes as a jit function, known when a kernel is
+built, and a tuple of what it reads; None stands for none.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def allowed(
+    b, h, q, kv, first_key, listed_ptr, words, AUX,
+    MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """What mask_mod and block mask say of rows and keys that there are, int1 of their broadcast shape.
+
+    Args:
+        b: Batch row.
+        h: Query head.
+        q: int32 ``[M, 1]``: query rows.
+        kv: int32 ``[1, N]``: keys, none before `first_key`.
+        first_key: A multiple of SPAN.
+        listed_ptr: Words of the caller's block mask, of the batch row and head.
+        words: Words a row of its blocks.
+        AUX: What the mask_mod reads.
+        MASK: The mask_mod, or None.
+        LISTED_Q: Query rows a block of the block mask; 0 without one.
+        LISTED_K: Keys a block of it.
+        SPAN: Keys are fewer than this after `first_key`.
+    """
+    result = (q == q) & (kv == kv)
+    if MASK is not None:
+        result = result & (MASK(b, h, q, kv, AUX) != 0)
+    if LISTED_Q > 0:
+        # Where all keys lie in one block, a row needs one word.
+        block = (first_key if LISTED_K % SPAN == 0 else kv) // LISTED_K
+        listed_words = tl.load(listed_ptr + (q // LISTED_Q).to(tl.int64) * words + block // 32)
+        result = result & (((listed_words >> (block % 32)) & 1) != 0)
+    return result
+
+
+@triton.jit
+def seen(
+    b, h, q, kv, first_key, offset, start, end, q_len, kv_len, listed_ptr, words, AUX,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Which key each row sees, int1 ``[M, N]``; rows and keys outside the tensors see and are seen by none.
+
+    Rows stand at `offset` and behind, valid keys at `start` to `end`, and CAUSAL rows see no key behind their position.
+    The other arguments are those of `allowed`.
+    """
+    at = q + offset
+    real = (at >= start) & (at < end) & (q >= 0) & (q < q_len)
+    result = real & ((kv >= start) & (kv < end) & (kv < kv_len))
+    if CAUSAL:
+        result = result & (kv <= at)
+    if (MASK is not None) or (LISTED_Q > 0):
+        # Mods and words are read at rows and keys that there are.
+        q = tl.minimum(tl.maximum(q, 0), q_len - 1)
+        kv = tl.minimum(kv, kv_len - 1)
+        result = result & allowed(b, h, q, kv, first_key, listed_ptr, words, AUX, MASK, LISTED_Q, LISTED_K, SPAN)
+    return result
+
+
+@triton.jit
+def at_head(listed_ptr, b, h, stride_b, stride_h, LISTED_Q: tl.constexpr):
+    """Pointer to the words of one batch row and head of the caller's block mask."""
+    if LISTED_Q > 0:
+        listed_ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+    return listed_ptr
+
+
+def mod_arguments(mod: tuple[object, tuple[object, ...]] | None) -> tuple[object, tuple[object, ...]]:
+    """The jit function of a mod and what it reads; None and nothing where there is no mod."""
+    return (None, ()) if mod is None else mod
+
+
+def listed_arguments(listed: Tensor | None, bounds: Tensor) -> tuple[Tensor, int, int, int]:
+    """The caller's block mask as kernels take it: tensor, strides of batch row and head (0: shared), words a row.
+
+    Where there is none, `bounds` stands for it: Triton before 3.7 passes None to no function that returns it.
+    """
+    if listed is None:
+        return bounds, 0, 0, 0
+    stride_b, stride_h = (0 if listed.shape[axis] == 1 else listed.stride(axis) for axis in (0, 1))
+    return listed, stride_b, stride_h, listed.shape[3]

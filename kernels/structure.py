@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the rows of a programmed call see, block by block, and the lists of blocks to weigh.
+
+Entry points: `block_structure` and `block_lists`. The first asks the mask about every element that positions and the
+caller's promise leave open, and nothing of it is reduced on the way: each element of a tile keeps one bit per key block
+in a word of its own, and 32 blocks later one OR and one AND over the tile give the words of visible and of full blocks,
+the lowest and the highest bit each row's first and last key. The second sorts blocks by what has to be known of them.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .seen import allowed, at_head, listed_arguments, mod_arguments, seen
+
+NOTHING = 2**30
+"""First key of a row that sees none; its last is -1."""
+
+WORDS = 4
+"""Words of 32 key blocks that a program looks at: a long row's are spread over the GPU."""
+
+LIST_WORDS = 64
+"""Words that a program of the lists looks at together."""
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _and(a, b):
+    return a & b
+
+
+@triton.jit
+def _highest_bit(x):
+    """Index of the highest set bit of an int32 that is not 0: the exponent of a float that can not round up to more."""
+    x = x.to(tl.uint32, bitcast=True)
+    return ((x ^ (x & (x >> 1))).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def _structure_kernel(
+    bounds_ptr, listed_ptr, listed_b, listed_h, listed_words, mask_aux, range_aux, visible_ptr, full_ptr, rows_ptr,
+    q_len, kv_len, query_blocks, words, heads,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, RANGE: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """WORDS words of one query block of one head, and what they say of its rows' first and last key."""
+    query_block = tl.program_id(0) % query_blocks
+    first_word = tl.program_id(0) // query_blocks * WORDS
+    bh = tl.program_id(1)
+    b = bh // heads
+    h = bh % heads
+    offset = tl.load(bounds_ptr + b * 3)
+    start = tl.load(bounds_ptr + b * 3 + 1)
+    end = tl.minimum(tl.load(bounds_ptr + b * 3 + 2), kv_len)
+    listed_ptr = at_head(listed_ptr, b, h, listed_b, listed_h, LISTED_Q)
+
+    first_row = query_block * BLOCK_Q
+    last_row = tl.minimum(first_row + BLOCK_Q, q_len) - 1
+    low = start
+    high = end
+    if CAUSAL:
+        high = tl.minimum(high, offset + last_row + 1)
+    if RANGE is not None:
+        range_first, range_last = RANGE(b, h, first_row, last_row, range_aux)
+        low = tl.maximum(low, range_first).to(tl.int32)
+        high = tl.minimum(high, range_last + 1).to(tl.int32)
+    low = low // BLOCK_K
+    high = tl.cdiv(high, BLOCK_K)
+    # Between these blocks only mask and block mask can hide anything.
+    real = (offset + first_row >= start) & (offset + last_row < end) & (first_row + BLOCK_Q <= q_len)
+    open_high = end // BLOCK_K
+    if CAUSAL:
+        open_high = tl.minimum(open_high, (offset + first_row + 1) // BLOCK_K)
+    open_low = tl.cdiv(start, BLOCK_K)
+
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    q = rows[:, None]
+    column = tl.arange(0, BLOCK_K)[None, :]
+    one = tl.full([1, 1], 1, tl.int32)
+    first = tl.full([BLOCK_Q], 2**30, tl.int32)
+    last = tl.full([BLOCK_Q], -1, tl.int32)
+    at = (bh.to(tl.int64) * query_blocks + query_block) * words
+    last_block = (kv_len - 1) // BLOCK_K
+    low = tl.maximum(low, first_word * 32)
+    high = tl.minimum(high, (first_word + WORDS) * 32)
+    for word in range(low // 32, tl.where(low < high, tl.cdiv(high, 32), 0)):
+        begin = tl.maximum(low, word * 32)
+        stop = tl.minimum(high, word * 32 + 32)
+        open_begin = tl.minimum(tl.maximum(open_low, begin), stop)
+        open_stop = tl.where(real, tl.minimum(tl.maximum(open_high, open_begin), stop), open_begin)
+        bits = tl.zeros([BLOCK_Q, BLOCK_K], tl.int32)
+        for block in range(begin, open_begin):
+            sees = seen(
+                b, h, q, block * BLOCK_K + column, block * BLOCK_K, offset, start, end, q_len, kv_len,
+                listed_ptr, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_K,
+            )  # fmt: skip
+            bits = tl.where(sees, bits | (one << (block % 32)), bits)
+        for block in range(open_begin, open_stop):
+            sees = allowed(
+                b, h, q, block * BLOCK_K + column, block * BLOCK_K, listed_ptr, listed_words, mask_aux,
+                MASK, LISTED_Q, LISTED_K, BLOCK_K,
+            )  # fmt: skip
+            bits = tl.where(sees, bits | (one << (block % 32)), bits)
+        for block in range(open_stop, stop):
+            sees = seen(
+                b, h, q, block * BLOCK_K + column, block * BLOCK_K, offset, start, end, q_len, kv_len,
+                listed_ptr, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_K,
+            )  # fmt: skip
+            bits = tl.where(sees, bits | (one << (block % 32)), bits)
+
+        tl.store(visible_ptr + at + word, tl.reduce(tl.reduce(bits, 1, _or), 0, _or))
+        # Elements outside the tensors do not keep a block from being full.
+        behind = (last_block * BLOCK_K + column >= kv_len) & (last_block // 32 == word)
+        filled = tl.where(q < q_len, bits | tl.where(behind, one << (last_block % 32), 0), -1)
+        tl.store(full_ptr + at + word, tl.reduce(tl.reduce(filled, 1, _and), 0, _and))
+        lowest = (word * 32 + _highest_bit(bits & -bits)) * BLOCK_K + column
+        highest = (word * 32 + _highest_bit(bits)) * BLOCK_K + column
+        first = tl.minimum(first, tl.min(tl.where(bits != 0, lowest, 2**30), axis=1))
+        last = tl.maximum(last, tl.max(tl.where(bits != 0, highest, -1), axis=1))
+    ends = rows_ptr + bh.to(tl.int64) * 2 * query_blocks * BLOCK_Q + rows
+    tl.atomic_min(ends, first, mask=last >= 0, sem="relaxed")
+    tl.atomic_max(ends + query_blocks * BLOCK_Q, last, mask=last >= 0, sem="relaxed")
+
+
+@triton.jit
+def _bits_below(count):
+    """Words whose lowest `count` bits are set; a count below 0 is 0, above 32 is 32."""
+    one = count * 0 + 1
+    return tl.where(count >= 32, -1, (one << tl.minimum(tl.maximum(count, 0), 31)) - 1)
+
+
+@triton.jit
+def _span(low, high, block, BLOCK_K: tl.constexpr):
+    """Blocks that intervals of keys meet, empty where they cross, as words whose first block is `block`."""
+    some = (low <= high) & (high >= 0)
+    low = tl.where(some, tl.maximum(low, 0) // BLOCK_K, 0)
+    high = tl.where(some, high // BLOCK_K + 1, 0)
+    return _bits_below(high - block) & ~_bits_below(low - block)
+
+
+@triton.jit
+def _bit_count(x):
+    """How many bits of an int32 are set."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x += x >> 8
+    return (x + (x >> 16)) & 63
+
+
+@triton.jit
+def _lists_kernel(
+    visible_ptr, full_ptr, rows_ptr, bounds_ptr, always_ptr, counts_ptr, lists_ptr,
+    query_blocks, key_blocks, words, heads, sink_tokens, local_tokens, min_length,
+    CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Words, counts and lists of one query block of one head, WORDS words at a time."""
+    line = tl.program_id(0).to(tl.int64)  # (batch * heads + head) * query_blocks + query block
+    query_block = (line % query_blocks).to(tl.int32)
+    bh = line // query_blocks
+    b = bh // heads
+    offset = tl.load(bounds_ptr + b * 3)
+    start = tl.load(bounds_ptr + b * 3 + 1)
+    end = tl.load(bounds_ptr + b * 3 + 2)
+    row = query_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    ends = rows_ptr + bh * 2 * query_blocks * BLOCK_Q + row
+    first = tl.load(ends)
+    last = tl.load(ends + query_blocks * BLOCK_Q)
+    sees = last >= 0
+    position = offset + row
+    # Intervals of rows that see nothing cross.
+    early_high = tl.where(last - first < min_length, last, -1)
+    first_high = tl.maximum(tl.where(sees, first + sink_tokens - 1, -1), early_high)[:, None]
+    first = first[:, None]
+    local_low = tl.where(sees, position - local_tokens + 1, 2**30)[:, None]
+    local_high = (position if CAUSAL else position + local_tokens - 1)[:, None]
+    whole_low = tl.cdiv(start, BLOCK_K)
+    whole_high = end // BLOCK_K
+
+    visible_ptr += line * words
+    full_ptr += line * words
+    always_ptr += line * words
+    always_count = 0
+    partial_count = 0
+    whole_count = 0
+    for word in range(0, words, WORDS):
+        word_at = word + tl.arange(0, WORDS)
+        mask = word_at < words
+        visible = tl.load(visible_ptr + word_at, mask=mask, other=0)
+        full = tl.load(full_ptr + word_at, mask=mask, other=0)
+        block = word_at * 32
+        near = _span(first, first_high, block[None, :], BLOCK_K) | _span(local_low, local_high, block[None, :], BLOCK_K)
+        always = tl.reduce(near, 0, _or) & visible
+        whole = visible & ~always & full & _bits_below(whole_high - block) & ~_bits_below(whole_low - block)
+        tl.store(always_ptr + word_at, always, mask=mask)
+        always_count += tl.sum(_bit_count(always))
+        whole_count += tl.sum(_bit_count(whole))
+        partial_count += tl.sum(_bit_count(visible & ~always & ~whole))
+    tl.store(counts_ptr + line * 3, always_count)
+    tl.store(counts_ptr + line * 3 + 1, partial_count)
+    tl.store(counts_ptr + line * 3 + 2, whole_count)
+
+    tl.debug_barrier()
+    always_at = lists_ptr + line * key_blocks
+    partial_at = always_at + always_count
+    whole_at = partial_at + partial_count
+    bit = tl.arange(0, 32)[None, :]
+    before = _bits_below(bit)
+    for word in range(0, words, WORDS):
+        word_at = word + tl.arange(0, WORDS)
+        mask = word_at < words
+        visible = tl.load(visible_ptr + word_at, mask=mask, other=0)
+        if tl.max((visible != 0).to(tl.int32)) > 0:
+            always = tl.load(always_ptr + word_at, mask=mask, other=0)
+            full = tl.load(full_ptr + word_at, mask=mask, other=0)
+            block = word_at * 32
+            whole = visible & ~always & full & _bits_below(whole_high - block) & ~_bits_below(whole_low - block)
+            partial = visible & ~always & ~whole
+            # One running sum serves all lists: words together have fewer than 2**20 blocks.
+            always_number = _bit_count(always).to(tl.int64)
+            partial_number = _bit_count(partial).to(tl.int64)
+            whole_number = _bit_count(whole).to(tl.int64)
+            numbers = always_number + (partial_number << 20) + (whole_number << 40)
+            slots = tl.cumsum(numbers, 0) - numbers  # of each word's first
+            in_always = ((always[:, None] >> bit) & 1) == 1
+            in_partial = ((partial[:, None] >> bit) & 1) == 1
+            kind = tl.where(in_always, always[:, None], tl.where(in_partial, partial[:, None], whole[:, None]))
+            slot = tl.where(in_always, slots[:, None], tl.where(in_partial, slots[:, None] >> 20, slots[:, None] >> 40))
+            slot = (slot & (2**20 - 1)).to(tl.int32) + _bit_count(kind & before)
+            list_at = tl.where(in_always, always_at, tl.where(in_partial, partial_at, whole_at))
+            tl.store(list_at + slot, block[:, None] + bit, mask=((visible[:, None] >> bit) & 1) == 1)
+            always_at += tl.sum(always_number)
+            partial_at += tl.sum(partial_number)
+            whole_at += tl.sum(whole_number)
+
+
+def block_structure(
+    bounds: Tensor,
+    causal: bool,
+    mask: Any,
+    key_range: Any,
+    listed: Tensor | None,
+    listed_q: int,
+    listed_k: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bits of visible and of full blocks, and the first and the last key that every row sees.
+
+    Args:
+        bounds: int32 ``[B, 3]``.
+        causal: Whether a row sees keys up to its position only.
+        mask: mask_mod as jit function and what it reads, or None.
+        key_range: A function of the first and the last row of a query block, in the same form, that gives the first and
+            the last key that one of them may see, or None. A promise: other keys are not looked at.
+        listed: The caller's block mask as bits, int32 ``[1 or B, 1 or Hs, nq', ceil(nk' / 32)]``, or None.
+        listed_q: Query rows a block of it.
+        listed_k: Keys a block of it.
+        heads: Hs: 1 if all heads see the same, or Hq.
+        q_len: Sq.
+        kv_len: Skv.
+        block_q: Query rows a block.
+        block_k: Keys a block.
+
+    Returns:
+        Visible and full blocks, int32 ``[B, Hs, nq, ceil(nk / 32)]``: bit ``j % 32`` of word ``j // 32`` is key block
+        j, and elements outside the tensors do not keep a block from being full. Then int32
+        ``[B, Hs, 2, nq * block_q]``: first and last key of every row, 2**30 and -1 if it sees none.
+    """
+    batch = bounds.shape[0]
+    query_blocks = triton.cdiv(q_len, block_q)
+    words = triton.cdiv(triton.cdiv(kv_len, block_k), 32)
+    visible, full = (bounds.new_zeros(batch, heads, query_blocks, words) for _ in range(2))
+    rows = bounds.new_full((batch, heads, 2, query_blocks * block_q), -1)
+    rows[:, :, 0] = NOTHING
+    listed_tensor, listed_b, listed_h, listed_words = listed_arguments(listed, bounds)
+    mask_function, mask_aux = mod_arguments(mask)
+    range_function, range_aux = mod_arguments(key_range)
+    _structure_kernel[(query_blocks * triton.cdiv(words, WORDS), batch * heads)](
+        bounds, listed_tensor, listed_b, listed_h, listed_words, mask_aux, range_aux, visible, full, rows,
+        q_len, kv_len, query_blocks, words, heads,
+        CAUSAL=causal, MASK=mask_function, RANGE=range_function,
+        LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
+        BLOCK_Q=block_q, BLOCK_K=block_k, WORDS=WORDS, num_warps=min(16, block_q * block_k // 512), maxnreg=128,
+    )  # fmt: skip
+    return visible, full, rows
+
+
+def block_lists(
+    visible: Tensor,
+    full: Tensor,
+    rows: Tensor,
+    bounds: Tensor,
+    causal: bool,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_k: int,
+    sink_tokens: int,
+    local_tokens: int,
+    min_length: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks that are always kept, and every query block's list.
+
+    Args:
+        visible: Bits of visible blocks, from `block_structure`.
+        full: Bits of full blocks, from there.
+        rows: First and last keys of rows, from there.
+        bounds: int32 ``[B, 3]``.
+        causal: Whether local keys end at the row.
+        q_len: Sq.
+        kv_len: Skv.
+        block_q: Query rows a block.
+        block_k: Keys a block.
+        sink_tokens: Keys from a row's first on whose blocks are always kept.
+        local_tokens: Keys up to a row's position (without `causal`, also from it on) whose blocks are always kept.
+        min_length: Rows whose first and last key are closer than this keep all that lies between.
+
+    Returns:
+        Always-kept blocks, int32 as `visible`; int32 ``[B, Hs, nq, 3]``: how many blocks are always kept, partial
+        candidates (those that have to be weighed element by element) and whole candidates; and int32
+        ``[B, Hs, nq, nk]``: ascending always-kept blocks, ascending partial, ascending whole candidates. What follows
+        is not written.
+    """
+    batch, heads, query_blocks, words = visible.shape
+    key_blocks = triton.cdiv(kv_len, block_k)
+    always = torch.empty_like(visible)
+    counts = visible.new_empty(batch, heads, query_blocks, 3)
+    lists = visible.new_empty(batch, heads, query_blocks, key_blocks)
+    _lists_kernel[(batch * heads * query_blocks,)](
+        visible, full, rows, bounds, always, counts, lists,
+        query_blocks, key_blocks, words, heads, sink_tokens, local_tokens, min_length,
+        CAUSAL=causal, BLOCK_Q=block_q, BLOCK_K=block_k,
+        WORDS=min(LIST_WORDS, max(4, triton.next_power_of_2(words))), num_warps=4,
+    )  # fmt: skip
+    return always, counts, lists
