@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """SALE sparse attention for PyTorch: a 4-bit estimate chooses blocks, FlexAttention attends to them."""
 
-from sale_flex.attention import SaleResult, sale_attention
+from sale_flex import mods as mods
+from sale_flex.attention import LseResult, LseStatsResult, SaleResult, sale_attention
 from sale_flex.block_mask import create_sale_block_mask
 from sale_flex.config import SaleConfig
 from sale_flex.flex import flex_kernel_options
@@ -11,6 +12,8 @@ from sale_flex.stats import SaleStats
 __version__ = "0.1.0"
 
 __all__ = [
+    "LseResult",
+    "LseStatsResult",
     "SaleConfig",
     "SaleResult",
     "SaleStats",

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`sale_attention`: block mask and compiled attention in one call, or dense attention where that is what is asked."""
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
-from sale_flex.block_mask import build_block_mask, make_bounds
+from sale_flex.block_mask import build_block_mask, make_bounds, wants_grad
 from sale_flex.break_even import early_rows, rows_of_early_blocks
 from sale_flex.config import SaleConfig
-from sale_flex.flex import run_flex
+from sale_flex.flex import check_backward, run_flex
 from sale_flex.geometry import Grid
+from sale_flex.mask_mods import MaskMod, ScoreMod
+from sale_flex.sinks import attend_rows, check_sinks, with_sinks
 from sale_flex.stats import SaleStats, dense_stats, with_dense_rows
+from sale_flex.user_mods import UserMods, check_mods
 from sale_flex.validation import check_inputs
 
 _DENSE_MASK_LIMIT = 2**22
@@ -26,6 +30,37 @@ class SaleResult(NamedTuple):
     stats: SaleStats
 
 
+class LseResult(NamedTuple):
+    """Output and log-sum-exp, for callers who asked for ``return_lse=True``."""
+
+    output: Tensor
+    lse: Tensor
+    """float32 ``[B, Hq, Sq]``: natural logarithm of the sum of exponentials over the kept set; -inf for none."""
+
+
+class LseStatsResult(NamedTuple):
+    """Output, log-sum-exp and counts, for callers who asked for both."""
+
+    output: Tensor
+    lse: Tensor
+    stats: SaleStats
+
+
+class AttentionOptions(TypedDict, total=False):
+    """The options of `sale_attention` whose types do not change its result."""
+
+    score_mod: ScoreMod | None
+    mask_mod: MaskMod | None
+    block_mask: BlockMask | None
+    causal: bool
+    estimate_mods: str
+    sink_logits: Tensor | None
+    q_offset: int | Tensor | None
+    kv_range: Tensor | None
+    scale: float | None
+    kernel_options: dict[str, Any] | None
+
+
 @overload
 def sale_attention(
     query: Tensor,
@@ -33,11 +68,9 @@ def sale_attention(
     value: Tensor,
     config: SaleConfig = ...,
     *,
-    q_offset: int | Tensor | None = ...,
-    kv_range: Tensor | None = ...,
-    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
     stats: Literal[False] = ...,
-    kernel_options: dict[str, Any] | None = ...,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor: ...
 @overload
 def sale_attention(
@@ -46,97 +79,176 @@ def sale_attention(
     value: Tensor,
     config: SaleConfig = ...,
     *,
-    q_offset: int | Tensor | None = ...,
-    kv_range: Tensor | None = ...,
-    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
     stats: Literal[True],
-    kernel_options: dict[str, Any] | None = ...,
+    **options: Unpack[AttentionOptions],
 ) -> SaleResult: ...
+@overload
+def sale_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: SaleConfig = ...,
+    *,
+    return_lse: Literal[True],
+    stats: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
+) -> LseResult: ...
+@overload
+def sale_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: SaleConfig = ...,
+    *,
+    return_lse: Literal[True],
+    stats: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> LseStatsResult: ...
 def sale_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     config: SaleConfig = SaleConfig(),  # noqa: B008 - frozen
     *,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    block_mask: BlockMask | None = None,
+    causal: bool = True,
+    estimate_mods: str = "apply",
+    sink_logits: Tensor | None = None,
     q_offset: int | Tensor | None = None,
     kv_range: Tensor | None = None,
     scale: float | None = None,
+    return_lse: bool = False,
     stats: bool = False,
     kernel_options: dict[str, Any] | None = None,
-) -> Tensor | SaleResult:
-    """Causal attention on the blocks that a low-bit estimate keeps.
+) -> Tensor | SaleResult | LseResult | LseStatsResult:
+    """Attention on the blocks that a low-bit estimate keeps.
 
     Short prompts (no more keys than ``config.min_length``) and decoding steps (fewer queries than half a block) are
-    dense by definition and run scaled_dot_product_attention; ``stats`` says so. Everything else builds a block mask and
-    runs compiled flex_attention on it.
+    dense by definition; ``stats`` says so. Where nothing but causality is asked they run scaled_dot_product_attention.
+    Everything else builds a block mask and runs compiled flex_attention on it.
+
+    Gradients pass through attention on the chosen blocks; the choice itself has none.
 
     Args:
         query: ``[B, Hq, Sq, D]``, float32, float16 or bfloat16, any strides.
         key: ``[B, Hkv, Skv, D]``, Hq a multiple of Hkv, the query's dtype and device.
         value: ``[B, Hkv, Skv, D]``.
         config: What to keep; see `SaleConfig`.
+        score_mod: ``score_mod(score, b, h, q_idx, kv_idx)`` as flex_attention takes it: exact in attention, and applied
+            to the estimate too. `sale_flex.mods` has ready ones.
+        mask_mod: ``mask_mod(b, h, q_idx, kv_idx)``: what is hidden besides.
+        block_mask: A BlockMask whose unlisted blocks are hidden too; see `create_sale_block_mask`.
+        causal: Whether a query sees no key behind its own position. False leaves that to the masks.
+        estimate_mods: ``"ignore"`` leaves the mods out of the estimate, but not out of attention.
+        sink_logits: float ``[Hq]``: a logit per head that takes its share of every row's softmax and has no value, as
+            in gpt-oss. The estimate leaves it out: a block's share is of what the tokens get.
         q_offset: Key index of the first query, an int or a 0-d integer tensor; by default ``Skv - Sq``.
         kv_range: int ``[B, 2]``, first and one-past-last valid key of each batch row; by default all keys. Queries that
             stand outside it are padding; their output is 0.
         scale: Softmax scale; by default ``D ** -0.5``.
+        return_lse: Also return the log-sum-exp of every row over what it kept, in nats, without the sink logit.
         stats: Also return what was kept and which path ran.
         kernel_options: Options for flex_attention, over those of `flex_kernel_options`.
 
     Returns:
-        ``[B, Hq, Sq, D]`` in the query's dtype. With ``stats=True`` a `SaleResult`.
+        ``[B, Hq, Sq, D]`` in the query's dtype. With ``stats=True`` a `SaleResult`, with ``return_lse=True`` a
+        `LseResult`, with both a `LseStatsResult`. On a CPU the log-sum-exp, and so `sink_logits`, take a slower path
+        of plain torch: torch's CPU kernel for flex_attention has none.
 
     Raises:
         TypeError, ValueError: An argument breaks its rule; the message names both.
-        NotImplementedError: An input requires a gradient.
+        NotImplementedError: The estimate can not follow an operation of a mod; or a gradient is wanted where torch
+            can not compute it, on a CPU or for small blocks before torch 2.14.
     """
+    mods = UserMods(score_mod, mask_mod, block_mask, causal, estimate_mods)
     check_inputs(query, key, value, config, q_offset, kv_range, scale)
+    if not mods.plain:
+        check_mods(query, key, mods, config)
+    if sink_logits is not None:
+        check_sinks(sink_logits, query)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     min_length = early_rows(query, config)
+    wants_lse = return_lse or sink_logits is not None
+    plain = mods.plain and not wants_lse
     square = q_offset is None and kv_range is None and query.shape[2] == key.shape[2]
-    reason = _dense_reason(query, key, config.block_size[0], min_length, q_offset is None and kv_range is None)
-    if reason is not None:
+    reason = _dense_reason(query, key, config.block_size[0], min_length)
+    if reason is not None and plain and _fits_sdpa(query, key, q_offset is None and kv_range is None):
         bounds = None if square and not stats else make_bounds(query, key, q_offset, kv_range)
         output = dense_sdpa(query, key, value, None if square else bounds, scale)
         if bounds is None or not stats:
             return output
         grid = Grid(query.shape[2], key.shape[2], *config.block_size)
-        return SaleResult(output, dense_stats(bounds, query.shape[1], grid, reason))
+        return SaleResult(output, dense_stats(bounds, query.shape[1], grid, f"dense sdpa: {reason}"))
+
+    backward = wants_grad(query, key, value, sink_logits)
+    if backward:
+        check_backward(query, config.block_size)
     bounds = make_bounds(query, key, q_offset, kv_range)
+    # Torch's CPU kernel for flex_attention knows no log-sum-exp.
+    by_rows = wants_lse and query.device.type == "cpu"
     # Our own program goes to Inductor, which follows block indices. So may a caller's torch.compile; if it does not,
     # flex_attention may be computed densely under its mask_mod, which then has to know the kept blocks.
-    lookup = False
+    lookup = by_rows
     if torch.compiler.is_compiling():
         from sale_flex.compiler import inductor_is_tracing  # here: it imports torch._dynamo, and that Triton
 
-        lookup = not inductor_is_tracing()
+        lookup = lookup or not inductor_is_tracing()
     # Whole blocks of early rows are dense, and where no padding is in the way SDPA computes them faster. Not in a
     # caller's program: Inductor's C++ template for flex_attention lets nothing write into its output.
     early = 0
-    if square and not torch.compiler.is_compiling():
+    if square and plain and reason is None and not backward and not torch.compiler.is_compiling():
         early = rows_of_early_blocks(min_length, config.block_size[0], query.shape[2])
-    block_mask, counts = build_block_mask(
-        query, key, value, bounds, kv_range is None, scale, config, lookup, leave_early=early > 0
+    built = build_block_mask(
+        query,
+        key,
+        value,
+        mods,
+        bounds,
+        kv_range is None,
+        scale,
+        config,
+        lookup,
+        leave_early=early > 0,
+        backward=backward,
+        dense=None if plain else reason,
     )
-    output = run_flex(query, key, value, block_mask, scale, kernel_options)
-    del block_mask  # its lists are the largest thing that the call allocates
+    counts = built.counts
+    lse = None
+    if by_rows:
+        output, lse = attend_rows(query, key, value, built.kept, mods, bounds, config.block_size, scale)
+    else:
+        output, lse = run_flex(
+            query, key, value, built.block_mask, scale, kernel_options, score_mod, wants_lse, backward
+        )
+    del built  # its lists are the largest thing that the call allocates
+    if sink_logits is not None and lse is not None:
+        output = with_sinks(output, lse, sink_logits)
     if early:
         output[:, :, :early] = dense_sdpa(query[:, :, :early], key[:, :, :early], value[:, :, :early], None, scale)
     if not stats:
-        return output
+        return LseResult(output, lse) if return_lse and lse is not None else output
     kept = with_dense_rows(counts(), bounds, Grid(early, key.shape[2], *config.block_size)) if early else counts()
-    return SaleResult(output, kept)
+    if by_rows:
+        kept = kept._replace(path=kept.path.replace("flex", "torch rows"))
+    return LseStatsResult(output, lse, kept) if return_lse and lse is not None else SaleResult(output, kept)
 
 
-def _dense_reason(query: Tensor, key: Tensor, block_q: int, min_length: int, plain: bool) -> str | None:
+def _dense_reason(query: Tensor, key: Tensor, block_q: int, min_length: int) -> str | None:
     """Why the call is dense by its lengths alone, or None. What the lengths do not tell, the block mask does."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    if q_len * kv_len > _DENSE_MASK_LIMIT and not (plain and q_len == kv_len):
-        return None
-    if 2 * q_len < block_q:
-        return "dense sdpa: fewer queries than half a block"
-    if kv_len <= min_length:
-        return "dense sdpa: no more keys than min_length"
+    if 2 * query.shape[2] < block_q:
+        return "fewer queries than half a block"
+    if key.shape[2] <= min_length:
+        return "no more keys than min_length"
     return None
+
+
+def _fits_sdpa(query: Tensor, key: Tensor, unpadded: bool) -> bool:
+    """Whether dense attention needs no explicit mask, or one that is small."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    return (unpadded and q_len == kv_len) or q_len * kv_len <= _DENSE_MASK_LIMIT
 
 
 def dense_sdpa(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, scale: float) -> Tensor:

@@ -53,14 +53,17 @@ class SaleConfig:
     """Width of the codes: 4 (values in [-7, 7]) or 8 ([-127, 127]). Both travel in int8, so both cost the same."""
 
     sink_tokens: int = 32
-    """How many of the first valid keys count as attention sinks, in tokens, 0 or more. Their blocks are always kept."""
+    """How many of the first valid keys count as attention sinks, in tokens, 0 or more. Their blocks are always kept.
+    Under a mask, of the first keys that a row sees: a document's own, or a window's."""
 
     local_tokens: int = 128
-    """How many keys, ending at a row's own position, count as local, in tokens, 1 or more. Always kept."""
+    """How many keys, ending at a row's own position, count as local, in tokens, 1 or more. Always kept. Without
+    causality as many on either side."""
 
     min_length: int | None = None
     """Queries fewer than this many keys after the first valid key keep every block, in tokens, 0 or more. A prompt
-    that is shorter as a whole is dense. None: where the sparse path breaks even on the device (`break_even_length`)."""
+    that is shorter as a whole is dense, and so are documents and windows that are shorter. None: where the sparse path
+    breaks even on the device (`break_even_length`)."""
 
     smooth_tokens: int = 1024
     """The mean of this many first valid keys is subtracted from all keys before quantisation, in tokens, 0 or more

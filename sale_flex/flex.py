@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from sale_flex.bridge import identity
+from sale_flex.mask_mods import ScoreMod
+
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 _TILES = {
     (64, 64): (64, 64, 4, 3),
@@ -72,23 +77,71 @@ def _tile_options(head_dim: int, element_size: int, block_size: tuple[int, int],
     return {"BACKEND": "TRITON", "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
+def check_backward(query: Tensor, block_size: tuple[int, int]) -> None:
+    """Raise NotImplementedError where torch can not differentiate flex_attention on blocks of `block_size`."""
+    if not query.is_cuda:
+        raise NotImplementedError(
+            f"sale_attention computes no gradients on {query.device.type}, but query, key, value or sink_logits "
+            "requires one: torch's flex_attention has no backward pass there. Call it under torch.no_grad(), detach "
+            "the inputs, or move them to a GPU."
+        )
+    if _TORCH >= (2, 14):
+        return  # its tiles adapt to the blocks
+    tile = _backward_tile(query.shape[3], query.dtype)
+    if any(size % tile for size in block_size):
+        fitting = [size for size in ((64, 64), (128, 128)) if not any(x % tile for x in size)]
+        raise NotImplementedError(
+            f"config.block_size must have multiples of {tile} for gradients of heads of {query.shape[3]} channels in "
+            f"{query.dtype} on torch {torch.__version__}, got {block_size}; take one of {fitting}, or torch 2.14, "
+            "which fits its backward tiles to small blocks."
+        )
+
+
+def _backward_tile(head_dim: int, dtype: torch.dtype) -> int:
+    """Rows and keys of the largest tile of flex_attention's backward pass, which torch before 2.14 does not shrink."""
+    if dtype == torch.float32:
+        return 16
+    return 64 if head_dim < 64 or head_dim > 128 else 128
+
+
 def run_flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     block_mask: BlockMask,
     scale: float,
-    kernel_options: dict[str, Any] | None,
-) -> Tensor:
-    """Attention on the blocks of `block_mask`, ``[B, Hq, Sq, D]``, always through the compiler."""
-    # The CPU program refuses tensors that require a gradient even where none is recorded.
-    query, key, value = query.detach(), key.detach(), value.detach()
-    options: Any = flex_kernel_options(query, block_mask.BLOCK_SIZE) | (kernel_options or {})
+    kernel_options: dict[str, Any] | None = None,
+    score_mod: ScoreMod | None = None,
+    return_lse: bool = False,
+    backward: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention on the blocks of `block_mask`, always through the compiler.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``.
+        key: ``[B, Hkv, Skv, D]``.
+        value: ``[B, Hkv, Skv, D]``.
+        block_mask: What to attend to.
+        scale: Softmax scale.
+        kernel_options: Options over those of `flex_kernel_options`.
+        score_mod: The user's.
+        return_lse: Whether the log-sum-exp is wanted too.
+        backward: Whether a gradient may be asked for.
+
+    Returns:
+        ``[B, Hq, Sq, D]``, and float32 ``[B, Hq, Sq]`` in nats, or None if not wanted.
+    """
+    options: Any = flex_kernel_options(query, block_mask.BLOCK_SIZE)
+    if backward:
+        # The backward pass takes its own tiles, warps and stages.
+        options = {name if name == "BACKEND" else f"fwd_{name}": value for name, value in options.items()}
+    else:
+        # The CPU program refuses tensors that require a gradient even where none is recorded.
+        query, key, value = query.detach(), key.detach(), value.detach()
+    options |= kernel_options or {}
     grouped = query.shape[1] != key.shape[1]
     if torch.compiler.is_compiling():
-        return flex_attention(
-            query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped, kernel_options=options
-        )
+        return _flex(query, key, value, block_mask, score_mod, scale, grouped, options, return_lse)
     program = _program(
         query.device,
         query.dtype,
@@ -97,8 +150,40 @@ def run_flex(
         scale,
         _specialisations(query, key, value, block_mask.BLOCK_SIZE),
         tuple(sorted(options.items())),
+        identity(score_mod),
+        identity(block_mask.mask_mod),
+        return_lse,
+        backward and (query.requires_grad, key.requires_grad, value.requires_grad),
+        torch.is_grad_enabled(),
     )
-    return program(query, key, value, block_mask, scale, grouped, options)
+    return program(query, key, value, block_mask, score_mod, scale, grouped, options, return_lse)
+
+
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    score_mod: ScoreMod | None,
+    scale: float,
+    grouped: bool,
+    options: Any,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    # Asked for or not, an auxiliary request makes torch's CPU program refuse the call.
+    aux: dict[str, Any] = {"return_aux": AuxRequest(lse=True)} if return_lse else {}
+    result: Any = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=grouped,
+        kernel_options=options,
+        **aux,
+    )
+    return (result[0], result[1].lse) if return_lse else (result, None)
 
 
 def _attend(
@@ -106,19 +191,19 @@ def _attend(
     key: Tensor,
     value: Tensor,
     block_mask: BlockMask,
+    score_mod: ScoreMod | None,
     scale: float,
     grouped: bool,
     options: Any,
-) -> Tensor:
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "sale_attention needs torch.compile, which is switched off (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or "
             "torch.compiler.set_stance): uncompiled flex_attention would ignore the block mask's indices. Switch it "
             "on, or call flex_attention with create_sale_block_mask, whose mask_mod is exact uncompiled too."
         )
-    return flex_attention(
-        query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped, kernel_options=options
-    )
+    return _flex(query, key, value, block_mask, score_mod, scale, grouped, options, return_lse)
 
 
 def _specialisations(query: Tensor, key: Tensor, value: Tensor, block_size: tuple[int, int]) -> tuple[Any, ...]:
@@ -133,7 +218,7 @@ def _specialisations(query: Tensor, key: Tensor, value: Tensor, block_size: tupl
 
 
 @cache
-def _program(*key: Any) -> Callable[..., Tensor]:
+def _program(*key: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """A compiled `_attend` of its own for every key; lengths are dynamic, all else in the key is not."""
     name = f"{_attend.__name__}_{abs(hash(key)):x}"
     own_code = _attend.__code__.replace(co_name=name)

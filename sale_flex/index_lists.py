@@ -57,7 +57,7 @@ def list_widths(query: Tensor, kv_len: int, config: SaleConfig, min_length: int,
     Raises:
         ValueError: `config.max_blocks` has no room for what is always kept.
     """
-    batch, heads, q_len, dim = query.shape
+    q_len = query.shape[2]
     block_q, block_k = config.block_size
     key_blocks = -(-kv_len // block_k)
     # Sink, early rows, local window and diagonal; a window that is not aligned touches one block more.
@@ -65,22 +65,63 @@ def list_widths(query: Tensor, kv_len: int, config: SaleConfig, min_length: int,
     always += -(-(config.local_tokens + block_q) // block_k) + 3
     full = partial = key_blocks
     if config.metric == "mass" and config.max_blocks is not None:
-        if config.max_blocks <= always and config.max_blocks < key_blocks:
-            raise ValueError(
-                f"config.max_blocks must have room for the {always} blocks that are kept in any case (sink, "
-                f"{min_length} early rows, local window), got {config.max_blocks}; raise it or lower min_length."
-            )
-        full = min(key_blocks, config.max_blocks)
+        full = _asked_width(config.max_blocks, always, key_blocks, min_length)
     long = query.is_cuda and key_blocks > COMPACT_FROM
-    may_be_dense = isinstance(config.threshold, Tensor) or config.threshold == 0
-    if long and config.metric == "mass" and config.max_blocks is None and not may_be_dense:
-        rows = batch * heads * -(-q_len // block_q)
-        share = int(block_q * dim * query.element_size() * QUERY_SHARE) // 4
-        full = min(key_blocks, max(min(share, LIST_BYTES // (4 * rows)), 2 * always))
+    if long and _may_be_bounded(config) and config.max_blocks is None:
+        full = min(key_blocks, max(_affordable(query, block_q), 2 * always))
     if long and from_zero and q_len >= 2 * block_q:
         # A multiple of 4, so that the full list behind it starts at 16 bytes.
         partial = (block_q // block_k + 2 + 3) // 4 * 4
     return Widths(partial, full, key_blocks if full >= key_blocks else full - always)
+
+
+def programmed_widths(query: Tensor, kv_len: int, config: SaleConfig, min_length: int) -> Widths:
+    """How wide the lists of a programmed call are.
+
+    Which of the blocks that a query block keeps are partial, only the mods know: on long calls on a GPU both lists are
+    bounded, each by half of what `list_widths` gives the full one. What is kept in any case is reckoned for rows that
+    see neighbouring keys; where rows of one query block see keys far apart, it may take more, and the last blocks that
+    find no room are counted as dropped.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``.
+        kv_len: Skv.
+        config: Blocks, sink, local window and `max_blocks`.
+        min_length: Resolved `config.min_length`.
+    """
+    block_q, block_k = config.block_size
+    key_blocks = -(-kv_len // block_k)
+    spans = (config.sink_tokens, 2 * config.local_tokens, min_length)
+    always = sum(-(-(span + block_q) // block_k) + 1 for span in spans)
+    width = key_blocks
+    if config.metric == "mass" and config.max_blocks is not None:
+        width = _asked_width(config.max_blocks, always, key_blocks, min_length)
+    elif query.is_cuda and key_blocks > COMPACT_FROM and _may_be_bounded(config):
+        # A multiple of 4, so that the second list starts at 16 bytes.
+        width = min(key_blocks, -(-max(_affordable(query, block_q) // 2, 2 * always) // 4) * 4)
+    return Widths(width, width, key_blocks if width >= key_blocks else width - always)
+
+
+def _asked_width(max_blocks: int, always: int, key_blocks: int, min_length: int) -> int:
+    if max_blocks <= always and max_blocks < key_blocks:
+        raise ValueError(
+            f"config.max_blocks must have room for the {always} blocks that are kept in any case (sink, "
+            f"{min_length} early rows, local window), got {max_blocks}; raise it or lower min_length."
+        )
+    return min(key_blocks, max_blocks)
+
+
+def _may_be_bounded(config: SaleConfig) -> bool:
+    """Whether a list may be too short for what passes the threshold: masses say what to give up, no head is dense."""
+    return config.metric == "mass" and not isinstance(config.threshold, Tensor) and config.threshold > 0
+
+
+def _affordable(query: Tensor, block_q: int) -> int:
+    """Entries of a full list that are in proportion to the query's memory."""
+    batch, heads, q_len, dim = query.shape
+    rows = batch * heads * -(-q_len // block_q)
+    share = int(block_q * dim * query.element_size() * QUERY_SHARE) // 4
+    return min(share, LIST_BYTES // (4 * rows))
 
 
 def build_index_lists(
@@ -125,8 +166,13 @@ def build_index_lists(
         want_kept,
         leave_early,
     )
+    return split_lists(kept, partial_num, full_num, lists, widths)
+
+
+def split_lists(kept: Tensor, partial_num: Tensor, full_num: Tensor, lists: Tensor, widths: Widths) -> IndexLists:
+    """The two lists that lie side by side in `lists`."""
     # One tensor in two views, so that both have the strides of the other: torch before 2.12 assumes it.
     partial_idx, full_idx = lists[..., : widths.partial], lists[..., widths.partial :]
-    if not query.is_cuda:
+    if not lists.is_cuda:
         partial_idx, full_idx = partial_idx.contiguous(), full_idx.contiguous()
     return IndexLists(kept, partial_num, partial_idx, full_num, full_idx)

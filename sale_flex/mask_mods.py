@@ -16,6 +16,9 @@ from sale_flex import ops
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``mask_mod(b, h, q_idx, kv_idx)`` -> bool, as flex_attention takes it."""
 
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``score_mod(score, b, h, q_idx, kv_idx)`` -> score, as flex_attention takes it."""
+
 _TABLE_WORDS = 2**20
 """Length of the table of a call that needs no more: 4 MiB, enough for 32 heads of 60,000 tokens in 64x64 blocks."""
 
@@ -31,11 +34,23 @@ def visible(bounds: Tensor) -> MaskMod:
     return is_visible
 
 
+def valid(bounds: Tensor) -> MaskMod:
+    """`visible` without causality: the key is valid, and the query no padding."""
+    _mark_static(bounds)
+
+    def is_valid(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        position = q_idx + bounds[b, 0]
+        start, end = bounds[b, 1], bounds[b, 2]
+        return (kv_idx >= start) & (kv_idx < end) & (position >= start) & (position < end)
+
+    return is_valid
+
+
 def kept_block(kept: Tensor, block_q: int, block_k: int) -> MaskMod:
-    """The mask_mod of the selection: whether the element's block is kept.
+    """The mask_mod of a selection: whether the element's block is kept.
 
     Args:
-        kept: int32 ``[B, Hq, nq, ceil(nk / 32)]`` from `sale_flex.ops.build_lists`.
+        kept: int32 ``[1 | B, 1 | Hq, nq, ceil(nk / 32)]``: bits of the blocks.
         block_q: Query rows a block, a power of two.
         block_k: Keys a block, a power of two.
     """

@@ -6,7 +6,7 @@ torch implementation of the same name from `sale_flex.fallback`. Either is impor
 opaque to torch.compile, have fixed shapes, read no value on the host, and are for inference: no gradient passes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -18,22 +18,40 @@ from sale_flex.bounds import query_bounds as _query_bounds
 _LIBRARY = torch.library.Library("sale_flex", "DEF")
 
 
-def _define(schema: str, fake: Callable[..., Any], module: str | Callable[..., Any]) -> Any:
-    """Define an op, implemented by the function of its name in `module` of kernels and fallback, or by a callable."""
+Adapter = Callable[[Sequence[Any]], Sequence[Any]]
+"""From an op's arguments to its implementation's."""
+
+
+def define(
+    schema: str,
+    fake: Callable[..., Any],
+    module: str | Callable[..., Any],
+    adapters: tuple[Adapter, Adapter] = (tuple, tuple),
+) -> Any:
+    """Define an op of the library.
+
+    Args:
+        schema: Its schema, which begins with its name.
+        fake: Shapes and dtypes of its results.
+        module: The module of kernels and of fallback whose function of the op's name implements it, or a callable.
+        adapters: What the kernel's and the fallback's arguments are made with.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     if isinstance(module, str):
-        _LIBRARY.impl(name, _lazy(f"sale_flex.kernels.{module}", name), "CUDA")
-        _LIBRARY.impl(name, _lazy(f"sale_flex.fallback.{module}", name), "CompositeExplicitAutograd")
+        for_kernel, for_fallback = adapters
+        _LIBRARY.impl(name, _lazy(f"sale_flex.kernels.{module}", name, for_kernel), "CUDA")
+        fallback = _lazy(f"sale_flex.fallback.{module}", name, for_fallback)
+        _LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     else:
         _LIBRARY.impl(name, module, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sale_flex::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.sale_flex, name).default
 
 
-def _lazy(module: str, name: str) -> Callable[..., Any]:
+def _lazy(module: str, name: str, adapt: Adapter) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
-        return getattr(import_module(module), name)(*args)
+        return getattr(import_module(module), name)(*adapt(args))
 
     return launch
 
@@ -128,44 +146,44 @@ def _fake_lists(
     return kept, hits.new_empty(rows), hits.new_empty(rows), hits.new_empty(*rows, partial_width + full_width)
 
 
-query_bounds = _define(
+query_bounds = define(
     "query_bounds(Tensor query, Tensor key, Tensor? kv_range, Tensor? q_offset, SymInt offset) -> Tensor",
     lambda query, *_: query.new_empty(query.shape[0], 3, dtype=torch.int32),
     _query_bounds,
 )
-key_mean = _define(
+key_mean = define(
     "key_mean(Tensor key, Tensor bounds, int smooth_tokens) -> Tensor",
     lambda key, *_: key.new_empty(key.shape[0], key.shape[1], key.shape[3], dtype=torch.float32),
     "key_mean",
 )
-quantize_rows = _define(
+quantize_rows = define(
     "quantize_rows(Tensor x, int bits, bool packed=False) -> (Tensor, Tensor)", _fake_rows, "quantize"
 )
-quantize_groups = _define(
+quantize_groups = define(
     "quantize_groups(Tensor key, Tensor mean, Tensor bounds, int group, int bits, bool packed=False)"
     " -> (Tensor, Tensor)",
     _fake_groups,
     "quantize",
 )
-row_limits = _define(
+row_limits = define(
     "row_limits(Tensor query, Tensor key, Tensor mean, Tensor query_scale, Tensor bounds, Tensor threshold,"
     " float scale, int sink_tokens, int local_tokens) -> Tensor",
     _fake_limits,
     "row_limits",
 )
-scan_max = _define(
+scan_max = define(
     "scan_max(Tensor query_codes, Tensor limit, Tensor key_codes, Tensor key_scale, Tensor bounds, SymInt q_len,"
     " SymInt kv_len, int block_q, int block_k, int local_tokens, bool from_zero) -> Tensor",
     _fake_scan,
     "scan",
 )
-quantize_moments = _define(
+quantize_moments = define(
     "quantize_moments(Tensor key, Tensor mean, Tensor bounds, int block_k, int sub_block, int bits)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_moments,
     "moments",
 )
-mass_hits = _define(
+mass_hits = define(
     "mass_hits(Tensor query, Tensor key, Tensor mean, Tensor mean_codes, Tensor mean_scale, Tensor var_codes,"
     " Tensor var_scale, Tensor nonfinite, Tensor bounds, Tensor threshold, float scale, int block_q, int block_k,"
     " int sub_block, int pool, bool sample, int bits, int sink_tokens, int local_tokens, SymInt budget)"
@@ -173,17 +191,17 @@ mass_hits = _define(
     _fake_mass,
     "mass",
 )
-nonfinite_blocks = _define(
+nonfinite_blocks = define(
     "nonfinite_blocks(Tensor value, Tensor bounds, int block_k) -> Tensor", _fake_nonfinite, "compact"
 )
-build_lists = _define(
+build_lists = define(
     "build_lists(Tensor hits, Tensor? nonfinite, Tensor bounds, int kv_heads, SymInt q_len, SymInt kv_len, int block_q,"
     " int block_k, int sink_tokens, int local_tokens, SymInt min_length, SymInt partial_width, SymInt full_width,"
     " bool want_kept, bool leave_early) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_lists,
     "compact",
 )
-kept_table = _define(
+kept_table = define(
     "kept_table(Tensor kept, int block_q, int block_k, SymInt table_words) -> (Tensor, Tensor)",
     lambda kept, _block_q, _block_k, table_words: (kept.new_empty(table_words), kept.new_empty(5)),
     "lookup",

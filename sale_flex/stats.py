@@ -17,7 +17,8 @@ class SaleStats(NamedTuple):
     visible_blocks: Tensor
     """int64 ``[B, Hq]``: blocks in which some query sees some key, what dense attention computes."""
     path: str
-    """What ran: ``"triton scan + flex"``, ``"torch scan + flex"``, ``"dense sdpa: ..."`` with the reason, or both,
+    """What ran: ``"triton scan + flex"``, ``"torch scan + flex"``, with mods ``"... scan under mods + flex"``,
+    ``"dense sdpa: ..."`` or ``"dense flex: ..."`` with the reason, or both,
     ``"dense sdpa on the first N rows, ... on the others"``."""
     dropped_blocks: Tensor
     """int64 ``[B, Hq]``: blocks that passed the threshold and found no room in their query block's index list."""

@@ -21,7 +21,7 @@ def check_inputs(
     kv_range: Tensor | None,
     scale: float | None,
 ) -> None:
-    """Raise TypeError, ValueError or NotImplementedError for the first argument that breaks its rule."""
+    """Raise TypeError or ValueError for the first argument that breaks its rule."""
     if not _plainly_good(query, key, value):
         _check_tensors(query, key, value)
     if not isinstance(config, SaleConfig):
@@ -52,8 +52,6 @@ def _plainly_good(query: Tensor, key: Tensor, value: Tensor | None) -> bool:
         and batch == key_batch > 0
         and min(heads, q_len, kv_heads, kv_len) > 0
         and heads % kv_heads == 0
-        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
-        and not (torch.is_grad_enabled() and value is not None and value.requires_grad)
     )
 
 
@@ -97,11 +95,6 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor | None) -> None:
         )
     if value is not None and value.shape != key.shape:
         raise ValueError(f"value must have the key's shape {list(key.shape)}, got {list(value.shape)}.")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in named.values()):
-        raise NotImplementedError(
-            "sale_flex is for inference and computes no gradients, but query, key or value requires one; call it "
-            "under torch.no_grad() or torch.inference_mode(), or detach the inputs."
-        )
 
 
 def _check_threshold(threshold: float | Tensor, query: Tensor) -> None:

@@ -132,19 +132,6 @@ def test_the_value_may_be_left_out_of_a_mask():
     assert create_sale_block_mask(**arguments).shape == (2, 6, 100, 200)
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value"])
-@pytest.mark.parametrize("call", [sale_attention, create_sale_block_mask])
-def test_inputs_that_need_gradients_are_refused(call, name):
-    arguments = tensors()
-    arguments[name] = arguments[name].requires_grad_()
-    with pytest.raises(NotImplementedError, match=r"no_grad"):
-        call(**arguments)
-    with torch.no_grad():
-        call(**arguments)
-    with torch.inference_mode():
-        call(**arguments)
-
-
 def test_padding_that_is_all_of_a_row_is_no_error():
     output = sale_attention(**tensors(kv_range=torch.tensor([[0, 200], [0, 0]])))
     assert output[0].abs().min() > 0

@@ -32,7 +32,7 @@ NAMES = ["codes", "estimate", "compact", "block mask", "flex", "early rows", "sa
 
 
 def attend_eagerly(query, key, value, mask, scale, options):
-    """Stands in for `run_flex`: exact attention over the kept blocks."""
+    """What `run_flex` computes: exact attention over the kept blocks."""
     length = query.shape[2]
     kept = expand_blocks(block_map(mask).kept, mask.BLOCK_SIZE, length, length)
     seen = kept & mod_mask(mask.mask_mod, query.shape[0], query.shape[1], length, length)
@@ -44,8 +44,11 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., torch.Tens
     """Attention without a compiler; called with a function, that one."""
 
     def patch(attend: Callable[..., torch.Tensor]) -> None:
-        monkeypatch.setattr(stages, "run_flex", attend)
-        monkeypatch.setattr(sys.modules["sale_flex.attention"], "run_flex", attend)
+        def run(query, key, value, mask, scale, options=None, *_):
+            return attend(query, key, value, mask, scale, options), None
+
+        monkeypatch.setattr(stages, "run_flex", run)
+        monkeypatch.setattr(sys.modules["sale_flex.attention"], "run_flex", run)
 
     patch(attend_eagerly)
     return patch

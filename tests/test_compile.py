@@ -130,7 +130,7 @@ def test_forty_programs_in_one_process_hit_no_recompile_limit(monkeypatch):
     # compile; that each variant is traced anew, and none runs uncompiled, is what matters here.
     traced: list[bool] = []
 
-    def cheap(query, key, value, *, block_mask, scale, enable_gqa, kernel_options):
+    def cheap(query, key, value, *, score_mod, block_mask, scale, enable_gqa, kernel_options):
         traced.append(torch.compiler.is_compiling())
         return query * (block_mask.kv_num_blocks.sum() + block_mask.full_kv_num_blocks.sum())
 

@@ -6,8 +6,8 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from sale_flex import SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex.bits import unpack_bits
 from sale_flex.fallback import lookup as fallback
-from sale_flex.fallback.bits import unpack_bits
 from sale_flex.kernels import lookup
 from sale_flex.mask_mods import kept_block
 from sale_flex.testing import Shape, structured_inputs

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sale_flex import SaleConfig, reference
+from sale_flex.bits import unpack_bits
 from sale_flex.fallback import mass, moments
-from sale_flex.fallback.bits import unpack_bits
 from sale_flex.testing import (
     Inputs,
     Shape,

@@ -34,10 +34,10 @@ SHAPE = Shape(448, 448, heads=4, kv_heads=2, head_dim=32)
 def eager_attention(monkeypatch):
     """Dense attention under the block mask: compiling flex_attention takes longer than all tests here."""
 
-    def attend(query, key, value, mask, scale, options):
+    def attend(query, key, value, mask, scale, *_):
         length = query.shape[2]
         seen = expand_blocks(block_map(mask).kept, mask.BLOCK_SIZE, length, length).tril()
-        return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=True)
+        return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=True), None
 
     monkeypatch.setattr(attention, "run_flex", attend)
 

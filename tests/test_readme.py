@@ -5,13 +5,17 @@ import re
 from pathlib import Path
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+import sale_flex
+from sale_flex.testing import Shape, structured_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_code_runs_and_its_two_ways_agree():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = code.replace('"cuda"', '"cpu"').replace("16384", "2048").replace(" 32,", " 4,").replace(" 8,", " 2,")
     names: dict = {}
     code = code.replace("mask =", "first = out\nmask =").replace("out, stats =", "_, stats =")
@@ -21,6 +25,25 @@ def test_the_code_runs_and_its_two_ways_agree():
     first, out = names["first"], names["out"]
     assert first[:, :, 1024:].equal(out[:, :, 1024:])
     torch.testing.assert_close(first, out, rtol=0.02, atol=0.02)  # bfloat16, and sums in another order
+
+
+def test_the_calls_with_mods_run():
+    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = code.replace('"cuda"', '"cpu"').replace("alibi(32", "alibi(4").replace("(256, 512)", "(16, 32)")
+    q, k, v = structured_inputs(Shape(512, 512, heads=4, kv_heads=2, head_dim=32), 0)
+    names = {
+        "sale_flex": sale_flex,
+        "cfg": sale_flex.SaleConfig(min_length=0),
+        "q": q,
+        "k": k,
+        "v": v,
+        "ids": torch.arange(512) // 200,
+        "my_score_mod": lambda score, b, h, q_idx, kv_idx: score * 2,
+        "my_block_mask": create_block_mask(sale_flex.mods.causal(), None, None, 512, 512, device="cpu"),
+    }
+    exec(code, names)
+    assert names["out"].shape == q.shape
+    assert names["mask"].shape == (1, 4, 512, 512)
 
 
 def test_ci_runs_the_test_command_it_promises():

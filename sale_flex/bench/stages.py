@@ -18,6 +18,7 @@ from sale_flex.config import SaleConfig
 from sale_flex.flex import run_flex
 from sale_flex.index_lists import IndexLists, build_index_lists, list_widths
 from sale_flex.rules import RULES
+from sale_flex.user_mods import UserMods
 
 STAGES = ("codes", "estimate", "compact", "flex", "early rows")
 """What `sale_attention` is made of, in order. Early rows are dense."""
@@ -77,15 +78,15 @@ class Stages:
         query, key, value, scale = self._inputs
         self.mask = None
         bounds = make_bounds(query, key, None, None)
-        how = {"lookup": False, "leave_early": self.early > 0}
-        self.mask = build_block_mask(query, key, value, bounds, True, scale, self._config, **how)[0]
+        of_call = (query, key, value, UserMods(), bounds, True, scale, self._config)
+        self.mask = build_block_mask(*of_call, lookup=False, leave_early=self.early > 0).block_mask
 
     def attend(self) -> Tensor:
         """Attention on `mask`, which is given up, ``[B, Hq, S, D]``."""
         query, key, value, scale = self._inputs
         assert self.mask is not None, f"{MASK!r} comes first"
         mask, self.mask = self.mask, None
-        return run_flex(query, key, value, mask, scale, None)
+        return run_flex(query, key, value, mask, scale)[0]
 
     def _attend_early(self) -> Tensor:
         query, key, value = (x[:, :, : self.early] for x in self._inputs[:3])

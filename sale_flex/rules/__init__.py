@@ -8,13 +8,15 @@ from torch import Tensor
 
 from sale_flex.config import SaleConfig
 from sale_flex.rules import mass, relative
+from sale_flex.sight import Lists, Mod, Sight, Structure
 
 
 class Rule(NamedTuple):
-    """A rule in two stages."""
+    """A rule in two stages; the second for causal calls and for programmed ones."""
 
-    codes: Callable[[Tensor, Tensor, Tensor, SaleConfig], tuple[Tensor, ...]]
-    """``codes(query, key, bounds, config)``: what the estimate is made from."""
+    codes: Callable[..., tuple[Tensor, ...]]
+    """``codes(query, key, bounds, config, every_key=False)``: what the estimate is made from. `every_key`: of single
+    keys, whatever the config says."""
 
     estimate: Callable[
         [Tensor, Tensor, tuple[Tensor, ...], Tensor, bool, Tensor, float, SaleConfig, int],
@@ -29,9 +31,18 @@ class Rule(NamedTuple):
     up none.
     """
 
+    estimate_listed: Callable[
+        [Tensor, Tensor, tuple[Tensor, ...], Structure, Lists, Sight, Mod, Tensor, float, SaleConfig, int, bool],
+        tuple[Tensor, Tensor | None],
+    ]
+    """``estimate_listed(query, key, codes, structure, lists, sight, score, threshold, scale, config, budget, every)``.
+
+    The same for a call whose sight is a program's: only listed blocks are looked at, and `score` is its score_mod.
+    """
+
 
 RULES: dict[str, Rule] = {
-    "mass": Rule(mass.codes, mass.estimate),
-    "relative": Rule(relative.codes, relative.estimate),
+    "mass": Rule(mass.codes, mass.estimate, mass.estimate_listed),
+    "relative": Rule(relative.codes, relative.estimate, relative.estimate_listed),
 }
 """`SaleConfig.metric` -> its rule."""
