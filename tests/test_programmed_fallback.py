@@ -26,7 +26,6 @@ from sale_flex.fallback.listed_rows import listed_rows
 from sale_flex.fallback.moments import quantize_moments
 from sale_flex.fallback.quantize import quantize_groups, quantize_rows
 from sale_flex.fallback.structure import block_lists, block_structure
-from sale_flex.reference.programmed import programmed_attention, programmed_keep_map, seen_elements
 from sale_flex.testing import Shape, structured_inputs
 from sale_flex.testing.block_maps import decode_list
 from sale_flex.testing.strategies import configs, seeds, shapes
@@ -195,7 +194,7 @@ class Case:
     def expected(self, **options: Any) -> SimpleNamespace:
         """What the reference decides in float64, and on which blocks."""
         x, call = self.inputs, {**self.mods, **self.shape.positions(), "scale": self.scale, "dtype": torch.float64}
-        made = programmed_keep_map(x.query, x.key, self.config, **call, **options)
+        made = reference.programmed_keep_map(x.query, x.key, self.config, **call, **options)
         return SimpleNamespace(**made._asdict(), candidate=made.visible & ~made.always)
 
 
@@ -304,7 +303,9 @@ def check_structure(case: Case) -> None:
         first = stops[..., n, None] - counts[..., n, None]
         entries = lists.gather(-1, (first + torch.arange(case.key_blocks)).clamp_max(case.key_blocks - 1).long())
         assert torch.equal(decode_list(counts[..., n], entries, case.key_blocks).expand_as(flags), flags)
-    seen = seen_elements(case.bounds, case.shape.heads, *case.lengths, case.mask, case.block_mask, case.causal)
+    seen = reference.seen_elements(
+        case.bounds, case.shape.heads, *case.lengths, case.mask, case.block_mask, case.causal
+    )
     seen = torch.nn.functional.pad(seen, (0, 0, 0, rows.shape[3] - case.shape.q_len))
     key = torch.arange(case.shape.kv_len)
     assert torch.equal(rows[:, :, 0].expand(seen.shape[:3]), torch.where(seen, key, 2**30).amin(-1).int())
@@ -436,8 +437,8 @@ def test_rows_attend_to_what_is_kept(case, density):
         patch.setattr(structure, "_TILE_ELEMENTS", case.tile)
         output, lse = listed_rows(*x, pack_bits(kept), *case.sight, case.score, case.scale, *c.block_size)
     call = {"bounds": case.bounds, "block_size": c.block_size, "scale": case.scale, **case.mods}
-    exact, exact_lse = programmed_attention(*x, kept, **call)
-    mass, _ = programmed_attention(x.query, x.key, x.value.abs(), kept, **call)
+    exact, exact_lse = reference.programmed_attention(*x, kept, **call)
+    mass, _ = reference.programmed_attention(x.query, x.key, x.value.abs(), kept, **call)
     assert output.dtype == x.query.dtype
     assert lse.dtype == torch.float32
     # Of the derivation in `decision_error_bound`: a logit's error, and those of exponentials and their sums.
