@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 
 from sale_flex import SaleConfig, create_sale_block_mask, mods, reference, sale_attention
 from sale_flex.testing import (
@@ -146,14 +146,21 @@ def test_sale_attention_is_exact_on_the_kept_blocks(program):
     assert "under mods" in stats.path
 
 
-@pytest.mark.parametrize("program", ["window", "alibi"])
+@pytest.mark.parametrize("program", ["window", "alibi", "relative bias", "neighborhood 2-d, dilated"])
 def test_threshold_zero_is_flex_attention_with_the_mod(program):
     shape = Shape(300, 300, heads=4, kv_heads=2, head_dim=32)
     inputs, options = structured_inputs(shape, 1), PROGRAMS[program](shape, "cpu")
+    score_mod, masks = options.get("score_mod"), [options.get("mask_mod")]
+    masks += [mods.causal()] if options.get("causal", True) else []
+    mask_mod = and_masks(*(mask for mask in masks if mask is not None))
+    compiled = torch.compile(flex_attention, fullgraph=True)
+    block_mask = create_block_mask(mask_mod, None, None, 300, 300, device="cpu")
+    dense = compiled(*inputs, score_mod=score_mod, block_mask=block_mask, enable_gqa=True)
     output = sale_attention(*inputs, replace(SPARSE, threshold=0.0), **options)
     everything = torch.ones(1, 4, 5, 5, dtype=torch.bool)
     seen = seen_of(inputs, everything, SPARSE, shape, options)
-    assert_output(output, inputs, seen, options.get("score_mod"))
+    for either in (output, dense):
+        assert_output(either, inputs, seen, score_mod)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
