@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import is_finite, nan_max, nearest_int8, symmetric_scale
+from .primitives import row_codes, squared_codes
 
 
 @triton.jit
@@ -48,10 +48,7 @@ def _listed_pool_kernel(
     rounded = pooled.to(rows_ptr.dtype.element_ty)
     pooled = rounded.to(tl.float32)
 
-    amax = tl.reduce(tl.abs(pooled), 1, nan_max)
-    code_scale, inverse = symmetric_scale(amax, TOP)
-    finite = is_finite(amax)
-    codes = tl.where(finite[:, None], nearest_int8(pooled * inverse[:, None]), 0)
+    codes, code_scale = row_codes(pooled, TOP)
     at = bh * row_count + row
     there = row < row_count
     elements = at[:, None] * D + offsets_d[None, :]
@@ -59,11 +56,8 @@ def _listed_pool_kernel(
     tl.store(rows_ptr + elements, rounded, mask=mask)
     tl.store(codes_ptr + elements, codes, mask=mask)
     if SQUARES:
-        squares = codes.to(tl.int32) * codes.to(tl.int32)
-        if TOP > 7:
-            squares = (squares + 64) >> 7
-        tl.store(squares_ptr + elements, squares.to(tl.int8), mask=mask)
-    tl.store(scale_ptr + at, tl.where(finite, code_scale, float("nan")), mask=there)
+        tl.store(squares_ptr + elements, squared_codes(codes, TOP), mask=mask)
+    tl.store(scale_ptr + at, code_scale, mask=there)
     mean = tl.load(mean_ptr + bh // group * D + offsets_d, mask=offsets_d < D, other=0.0)
     tl.store(shift_ptr + at, tl.sum(pooled * mean[None, :], axis=1) * logit_scale, mask=there)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import is_finite, nan_max
+from .primitives import bit_or, is_finite, nan_max
 from .seen import at_head, listed_arguments, mod_arguments, seen
 
 
@@ -94,11 +94,6 @@ def _listed_limits_kernel(
 
 
 @triton.jit
-def _or(a, b):
-    return a | b
-
-
-@triton.jit
 def _listed_scan_kernel(
     query_codes_ptr, query_scale_ptr, key_codes_ptr, key_scale_ptr, limit_ptr, shift_ptr, counts_ptr, lists_ptr,
     bounds_ptr, listed_ptr, listed_b, listed_h, listed_words, mask_aux, score_aux, hits_ptr,
@@ -166,7 +161,7 @@ def _listed_scan_kernel(
             hit = (real & ((tl.reduce(estimate, 1, nan_max) < limit) == 0)).to(tl.int32)
         bits |= hit << (slot % 32)
         if (slot % 32 == 31) | (slot == count - 1):
-            word = tl.reduce(bits, 0, _or)
+            word = tl.reduce(bits, 0, bit_or)
             slot_at = slot // 32 * 32 + slots
             mask = (slot_at < count) & (((word >> slots) & 1) == 1)
             at = tl.load(list_ptr + slot_at, mask=mask, other=0)

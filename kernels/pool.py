@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import is_finite, nan_max, nearest_int8, symmetric_scale
+from .primitives import is_finite, row_codes, squared_codes
 
 LOG2E = 1.4426950408889634
 
@@ -78,19 +78,13 @@ def _pool_queries_kernel(
 
     rounded = pooled.to(query_ptr.dtype.element_ty)
     pooled = rounded.to(tl.float32)
-    amax = tl.reduce(tl.abs(pooled), 1, nan_max)
-    code_scale, inverse = symmetric_scale(amax, TOP)
-    finite = is_finite(amax)
-    codes = tl.where(finite[:, None], nearest_int8(pooled * inverse[:, None]), 0)
+    codes, code_scale = row_codes(pooled, TOP)
     out = bh * padded_rows + local_row
     tl.store(codes_ptr + out[:, None] * D + offsets_d[None, :], codes, mask=(offsets_d < D)[None, :])
     if SQUARES:
-        squares = codes.to(tl.int32) * codes.to(tl.int32)
-        if TOP > 7:
-            squares = (squares + 64) >> 7
         squares_at = squares_ptr + out[:, None] * D + offsets_d[None, :]
-        tl.store(squares_at, squares.to(tl.int8), mask=(offsets_d < D)[None, :])
-    tl.store(scale_ptr + out, tl.where(finite, code_scale, float("nan")))
+        tl.store(squares_at, squared_codes(codes, TOP), mask=(offsets_d < D)[None, :])
+    tl.store(scale_ptr + out, code_scale)
 
     # Keys in candidate blocks, from `sink_end` up to the row's `near`, are left to the estimate.
     sink_end = tl.cdiv(start + sink_tokens, BLOCK_K) * BLOCK_K

@@ -12,6 +12,12 @@ def is_finite(x):
 
 
 @triton.jit
+def bit_or(a, b):
+    """Bits that are set in either, for reductions."""
+    return a | b
+
+
+@triton.jit
 def nan_max(a, b):
     """Maximum that is NaN if either is: a reduction with it finds the largest magnitude and the non-finite at once."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -36,6 +42,25 @@ def nearest_int8(x):
     1.5 * 2**23 has a spacing of 1, so adding it rounds, and leaves the integer in the low bits of the sum.
     """
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def row_codes(x, TOP: tl.constexpr):
+    """Codes of float32 rows ``[M, N]`` in [-TOP, TOP], int8, and a scale per row; NaN and 0 where one is not finite."""
+    amax = tl.reduce(tl.abs(x), 1, nan_max)
+    scale, inverse = symmetric_scale(amax, TOP)
+    finite = is_finite(amax)
+    codes = tl.where(finite[:, None], nearest_int8(x * inverse[:, None]), 0)
+    return codes, tl.where(finite, scale, float("nan"))
+
+
+@triton.jit
+def squared_codes(codes, TOP: tl.constexpr):
+    """Squares of codes as codes, int8: above 7 divided by 128 and rounded."""
+    squares = codes.to(tl.int32) * codes.to(tl.int32)
+    if TOP > 7:
+        squares = (squares + 64) >> 7
+    return squares.to(tl.int8)
 
 
 @triton.jit

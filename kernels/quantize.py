@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import is_finite, nan_max, nearest_int8, store_codes, symmetric_scale
+from .primitives import is_finite, nan_max, nearest_int8, row_codes, store_codes, symmetric_scale
 
 CODE_ROWS = 128
 """Codes are stored with their rows padded to a multiple of this, so that the scan loads whole tiles unmasked."""
@@ -33,15 +33,12 @@ def _quantize_rows_kernel(
     mask = (offsets_s < rows)[:, None] & (offsets_d < D)[None, :]
     x = tl.load(x_ptr + offsets_s[:, None] * stride_s + offsets_d[None, :] * stride_d, mask=mask, other=0.0)
     x = x.to(tl.float32)  # [BLOCK_S, BLOCK_D]
-    amax = tl.reduce(tl.abs(x), 1, nan_max)
-    scale, inverse = symmetric_scale(amax, TOP)
-    finite = is_finite(amax)
-    codes = tl.where(finite[:, None], nearest_int8(x * inverse[:, None]), 0)
+    codes, scale = row_codes(x, TOP)
     store_codes(
         codes_ptr + bh * padded_rows * (D // 2 if PACKED else D), codes, offsets_s, offsets_s < padded_rows,
         D, BLOCK_D, PACKED,
     )  # fmt: skip
-    tl.store(scale_ptr + bh * rows + offsets_s, tl.where(finite, scale, float("nan")), mask=offsets_s < rows)
+    tl.store(scale_ptr + bh * rows + offsets_s, scale, mask=offsets_s < rows)
 
 
 @triton.jit

@@ -15,10 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _or(a, b):
-    return a | b
+from .primitives import bit_or
 
 
 @triton.jit
@@ -117,7 +114,7 @@ def _scan_max_kernel(
         in_word = step % STEPS
         bits |= hit.to(tl.int32) << (in_word * BLOCKS + in_step)[None, :, None]
         if (in_word == STEPS - 1) | (step == steps - 1):
-            word = tl.reduce(tl.reshape(bits, [BLOCK_M // BLOCK_Q, BLOCK_Q * BLOCKS * 4]), 1, _or)
+            word = tl.reduce(tl.reshape(bits, [BLOCK_M // BLOCK_Q, BLOCK_Q * BLOCKS * 4]), 1, bit_or)
             tl.store(hits_pointers + block // 32, word, mask=query_block < query_blocks)
             bits = tl.zeros([BLOCK_M, BLOCKS, 4], tl.int32)
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .primitives import bit_or
 from .seen import allowed, at_head, listed_arguments, mod_arguments, seen
 
 NOTHING = 2**30
@@ -24,11 +25,6 @@ WORDS = 4
 
 LIST_WORDS = 64
 """Words that a program of the lists looks at together."""
-
-
-@triton.jit
-def _or(a, b):
-    return a | b
 
 
 @triton.jit
@@ -115,7 +111,7 @@ def _structure_kernel(
             )  # fmt: skip
             bits = tl.where(sees, bits | (one << (block % 32)), bits)
 
-        tl.store(visible_ptr + at + word, tl.reduce(tl.reduce(bits, 1, _or), 0, _or))
+        tl.store(visible_ptr + at + word, tl.reduce(tl.reduce(bits, 1, bit_or), 0, bit_or))
         # Elements outside the tensors do not keep a block from being full.
         behind = (last_block * BLOCK_K + column >= kv_len) & (last_block // 32 == word)
         filled = tl.where(q < q_len, bits | tl.where(behind, one << (last_block % 32), 0), -1)
@@ -197,7 +193,7 @@ def _lists_kernel(
         full = tl.load(full_ptr + word_at, mask=mask, other=0)
         block = word_at * 32
         near = _span(first, first_high, block[None, :], BLOCK_K) | _span(local_low, local_high, block[None, :], BLOCK_K)
-        always = tl.reduce(near, 0, _or) & visible
+        always = tl.reduce(near, 0, bit_or) & visible
         whole = visible & ~always & full & _bits_below(whole_high - block) & ~_bits_below(whole_low - block)
         tl.store(always_ptr + word_at, always, mask=mask)
         always_count += tl.sum(_bit_count(always))

@@ -13,7 +13,7 @@ from sale_flex.break_even import early_rows, rows_of_early_blocks
 from sale_flex.config import SaleConfig
 from sale_flex.flex import check_backward, run_flex
 from sale_flex.geometry import Grid
-from sale_flex.mask_mods import MaskMod, ScoreMod
+from sale_flex.mods import MaskMod, ScoreMod
 from sale_flex.sinks import attend_rows, check_sinks, with_sinks
 from sale_flex.stats import SaleStats, dense_stats, with_dense_rows
 from sale_flex.user_mods import UserMods, check_mods

@@ -14,7 +14,8 @@ from sale_flex.break_even import early_rows
 from sale_flex.config import SaleConfig
 from sale_flex.geometry import Grid
 from sale_flex.index_lists import Widths, build_index_lists, list_widths, programmed_widths
-from sale_flex.mask_mods import MaskMod, ScoreMod, kept_block, visible
+from sale_flex.mask_mods import kept_block, visible
+from sale_flex.mods import MaskMod, ScoreMod
 from sale_flex.rules import RULES
 from sale_flex.stats import SaleStats, mask_stats
 from sale_flex.user_mods import UserMods, check_mods, see_mods

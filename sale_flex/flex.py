@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from sale_flex.bridge import identity
-from sale_flex.mask_mods import ScoreMod
+from sale_flex.mods import ScoreMod
 
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 

@@ -6,18 +6,11 @@ values of a tensor, so that no number that torch.compile could take for a dynami
 Inductor's C++ template for flex_attention confuses the names of such symbols (torch 2.13 to 2.15 do).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from sale_flex import ops
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``mask_mod(b, h, q_idx, kv_idx)`` -> bool, as flex_attention takes it."""
-
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``score_mod(score, b, h, q_idx, kv_idx)`` -> score, as flex_attention takes it."""
+from sale_flex.mods import MaskMod
 
 _TABLE_WORDS = 2**20
 """Length of the table of a call that needs no more: 4 MiB, enough for 32 heads of 60,000 tokens in 64x64 blocks."""

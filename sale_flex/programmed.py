@@ -14,7 +14,8 @@ from sale_flex.bits import count_bits
 from sale_flex.config import SaleConfig
 from sale_flex.geometry import Grid
 from sale_flex.index_lists import IndexLists, Widths, split_lists
-from sale_flex.mask_mods import MaskMod, kept_block, valid, visible
+from sale_flex.mask_mods import kept_block, valid, visible
+from sale_flex.mods import MaskMod
 from sale_flex.rules import RULES
 from sale_flex.sight import Lists, Sight, Structure
 from sale_flex.stats import SaleStats

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask, noop_mask
 from sale_flex import listed_ops
 from sale_flex.bridge import conjunction, describe, facts, require_supported
 from sale_flex.config import SaleConfig
-from sale_flex.mask_mods import MaskMod, ScoreMod
+from sale_flex.mods import MaskMod, ScoreMod
 from sale_flex.sight import Mod, Sight
 
 ESTIMATE_MODS = ("apply", "ignore")

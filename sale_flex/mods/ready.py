@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``mask_mod(b, h, q_idx, kv_idx)`` -> bool: whether the row sees the key."""
+"""``mask_mod(b, h, q_idx, kv_idx)`` -> bool, as flex_attention takes it: whether the row sees the key."""
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``score_mod(score, b, h, q_idx, kv_idx)`` -> the score that softmax gets."""
+"""``score_mod(score, b, h, q_idx, kv_idx)``, as flex_attention takes it -> the score that softmax gets."""
 
 KeyRange = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | int, Tensor | int]]
 """``key_range(b, h, first_q, last_q)`` -> the first and the last key that rows `first_q` to `last_q` may see."""

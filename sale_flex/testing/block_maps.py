@@ -4,17 +4,14 @@
 A block map is a bool tensor ``[B, H, nq, nk]``: which blocks of the attention map are computed.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from sale_flex.mods import MaskMod
 from sale_flex.reference import KeepMap
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``mask_mod(b, h, q_idx, kv_idx)`` -> bool, as flex_attention takes it."""
 
 
 class BlockMap(NamedTuple):

@@ -6,17 +6,12 @@ nothing, one in a visible key or value reaches the row as IEEE arithmetic has it
 tiled kernel multiplies hidden values of a visited tile by 0, and 0 times NaN is NaN: it may show more, never less.)
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from sale_flex.mods import MaskMod, ScoreMod
 from sale_flex.reference import make_bounds, visible
-from sale_flex.testing.block_maps import MaskMod
 from sale_flex.testing.inputs import Shape
-
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``score_mod(score, b, h, q_idx, kv_idx)`` -> score, as flex_attention takes it."""
 
 
 def causal_mask(shape: Shape, device: torch.device | str = "cpu") -> Tensor:

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sale_flex.config import BLOCK_SIZES, ESTIMATORS, METRICS, POOLS, SUB_BLOCKS, SaleConfig
-from sale_flex.testing.block_maps import MaskMod
+from sale_flex.mods import MaskMod, ScoreMod
 from sale_flex.testing.inputs import Shape
-from sale_flex.testing.oracles import ScoreMod
 
 GROUPS = (1, 2, 3, 4, 5, 7, 8)
 """Query heads that share a KV head: powers of two, and those of models that are none."""

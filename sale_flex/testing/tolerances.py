@@ -19,8 +19,9 @@ import math
 import torch
 from torch import Tensor
 
+from sale_flex.mods import ScoreMod
 from sale_flex.reference import Moments, PooledRows, quantize_rows
-from sale_flex.testing.oracles import ScoreMod, dense_attention
+from sale_flex.testing.oracles import dense_attention
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
