@@ -85,7 +85,7 @@ class Timed:
         """Codes and the estimate of causal attention without mods."""
         query, key = self._of_call
         rule = RULES[self._config.metric]
-        codes = rule.codes(query, key, self._bounds, self._config)
+        codes = rule.codes(key, self._bounds, self._config)
         return rule.estimate(
             query, key, codes, self._bounds, True, self._threshold, self._scale, self._config, self._grid.key_blocks
         )

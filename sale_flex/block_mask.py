@@ -14,6 +14,7 @@ from sale_flex.break_even import early_rows
 from sale_flex.config import SaleConfig
 from sale_flex.geometry import Grid
 from sale_flex.index_lists import Widths, build_index_lists, list_widths, programmed_widths
+from sale_flex.key_codes import KeyCodes, Reuse, reuse_of
 from sale_flex.mask_mods import kept_block, visible
 from sale_flex.mods import MaskMod, ScoreMod
 from sale_flex.rules import RULES
@@ -44,6 +45,7 @@ class MaskOptions(TypedDict, total=False):
     q_offset: int | Tensor | None
     kv_range: Tensor | None
     scale: float | None
+    key_codes: KeyCodes | None
 
 
 class Built(NamedTuple):
@@ -78,6 +80,7 @@ def create_sale_block_mask(
     q_offset: int | Tensor | None = None,
     kv_range: Tensor | None = None,
     scale: float | None = None,
+    key_codes: KeyCodes | None = None,
     stats: bool = False,
 ) -> BlockMask | MaskResult:
     """Choose the blocks of the attention map that matter.
@@ -106,6 +109,8 @@ def create_sale_block_mask(
         kv_range: int ``[B, 2]``, first and one-past-last valid key of each batch row; by default all keys. Queries that
             stand outside it are padding and see nothing.
         scale: Softmax scale; by default ``D ** -0.5``.
+        key_codes: A `KeyCodes`, which keeps codes of keys from chunk to chunk of a prompt: the same blocks are chosen,
+            and only new keys are coded. Beside it `q_offset` must be an int or left out.
         stats: Also return what was kept.
 
     Returns:
@@ -115,16 +120,18 @@ def create_sale_block_mask(
 
     Raises:
         TypeError, ValueError: An argument breaks its rule; the message names both.
-        NotImplementedError: The estimate can not follow an operation of a mod.
+        NotImplementedError: The estimate can not follow an operation of a mod; or `key_codes` under torch.compile.
     """
     mods = UserMods(score_mod, mask_mod, block_mask, causal, estimate_mods)
     check_inputs(query, key, value, config, q_offset, kv_range, scale)
     if not mods.plain:
         check_mods(query, key, mods, config)
+    reuse = reuse_of(key_codes, query, key, q_offset)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     bounds = make_bounds(query, key, q_offset, kv_range)
+    backward = wants_grad(query, key, value)
     built = build_block_mask(
-        query, key, value, mods, bounds, kv_range is None, scale, config, backward=wants_grad(query, key, value)
+        query, key, value, mods, bounds, kv_range is None, scale, config, backward=backward, reuse=reuse
     )
     return MaskResult(built.block_mask, built.counts()) if stats else built.block_mask
 
@@ -155,6 +162,7 @@ def build_block_mask(
     leave_early: bool = False,
     backward: bool = False,
     dense: str | None = None,
+    reuse: Reuse | None = None,
 ) -> Built:
     """`create_sale_block_mask` on checked input.
 
@@ -173,6 +181,7 @@ def build_block_mask(
             their first row may have no key before it. Not for programmed calls.
         backward: Whether the mask is for a backward pass too.
         dense: Keep all that is visible, for this reason, without an estimate.
+        reuse: Codes of earlier chunks' keys.
     """
     heads, q_len = query.shape[1:3]
     kv_len = key.shape[2]
@@ -191,8 +200,21 @@ def build_block_mask(
     device = "triton" if query.is_cuda else "torch"
     if mods.plain:
         widths = every_block if wide else list_widths(query, kv_len, config, min_length, every_key_is_valid)
+        if reuse is not None and reuse.key_codes.length:
+            # Where stored codes turn out to be of other keys, a head keeps all. The budget, and so the choice, stays.
+            widths = widths._replace(full=grid.key_blocks)
         hits, dropped = _estimate_plain(
-            query, key, bounds, every_key_is_valid, threshold, scale, config, widths.budget, dense is not None, grid
+            query,
+            key,
+            bounds,
+            every_key_is_valid,
+            threshold,
+            scale,
+            config,
+            widths.budget,
+            dense is not None,
+            grid,
+            reuse,
         )
         nonfinite = None if value is None else ops.nonfinite_blocks(value, bounds, block_k)
         lists = build_index_lists(hits, nonfinite, bounds, query, key, config, min_length, widths, lookup, leave_early)
@@ -208,7 +230,7 @@ def build_block_mask(
         always, dropped = structure.visible, None
         if dense is None:
             always, hits, dropped = programmed.choose(
-                query, key, seen, structure, threshold, scale, config, min_length, widths.budget
+                query, key, seen, structure, threshold, scale, config, min_length, widths.budget, reuse
             )
         else:
             hits = always.new_zeros(1, 1, 1, 1).expand(query.shape[0], heads, grid.query_blocks, grid.words)
@@ -243,11 +265,12 @@ def _estimate_plain(
     budget: int,
     dense: bool,
     grid: Grid,
+    reuse: Reuse | None,
 ) -> tuple[Tensor, Tensor | None]:
     """A rule's hits in causal attention; none where everything is kept anyway."""
     if dense:
         rows = (query.shape[0], query.shape[1], grid.query_blocks, grid.words)
         return bounds.new_zeros(rows), None
     rule = RULES[config.metric]
-    codes = rule.codes(query, key, bounds, config)
+    codes = rule.codes(key, bounds, config, reuse=reuse)
     return rule.estimate(query, key, codes, bounds, from_zero, threshold, scale, config, budget)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Pack codes in [-8, 7] two per byte, the even channel in the low half.
+    """Pack codes in [-8, 7], or in [0, 15], two per byte, the even channel in the low half.
 
     Args:
         codes: int8 ``[..., D]``, D even.
@@ -26,11 +26,12 @@ def pack_int4(codes: Tensor) -> Tensor:
     return pairs[..., 0::2] | (pairs[..., 1::2] << 4)
 
 
-def unpack_int4(packed: Tensor) -> Tensor:
+def unpack_int4(packed: Tensor, signed: bool = True) -> Tensor:
     """Undo `pack_int4`.
 
     Args:
         packed: uint8 ``[..., D / 2]``.
+        signed: Whether the codes are in [-8, 7], else in [0, 15].
 
     Returns:
         int8 ``[..., D]``.
@@ -40,6 +41,9 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed must be uint8, got {packed.dtype}.")
-    halves = torch.stack([packed & 15, packed >> 4], dim=-1).view(torch.int8)
-    # A 4-bit two's complement number: 8 to 15 stand for -8 to -1.
-    return ((halves ^ 8) - 8).flatten(-2)
+    if signed:
+        # Shifting an int8 to the right fills up with its sign.
+        low, high = (packed << 4).view(torch.int8) >> 4, packed.view(torch.int8) >> 4
+    else:
+        low, high = (packed & 15).view(torch.int8), (packed >> 4).view(torch.int8)
+    return torch.stack([low, high], dim=-1).flatten(-2)

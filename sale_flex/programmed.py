@@ -14,6 +14,7 @@ from sale_flex.bits import count_bits
 from sale_flex.config import SaleConfig
 from sale_flex.geometry import Grid
 from sale_flex.index_lists import IndexLists, Widths, split_lists
+from sale_flex.key_codes import Reuse
 from sale_flex.mask_mods import kept_block, valid, visible
 from sale_flex.mods import MaskMod
 from sale_flex.rules import RULES
@@ -53,6 +54,7 @@ def choose(
     config: SaleConfig,
     min_length: int,
     budget: int,
+    reuse: Reuse | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Bits of what is always kept, hit bits, and hits given up for the budget.
 
@@ -66,6 +68,7 @@ def choose(
         config: What to keep.
         min_length: Rows whose first and last key are less apart keep all they see, in tokens.
         budget: Hits that a query block has room for.
+        reuse: Codes of earlier chunks' keys.
     """
     bounds = seen.sight.bounds
     lists = Lists(
@@ -84,7 +87,7 @@ def choose(
         )
     )
     rule = RULES[config.metric]
-    codes = rule.codes(query, key, bounds, config, seen.rough)
+    codes = rule.codes(key, bounds, config, seen.rough, reuse)
     hits, dropped = rule.estimate_listed(
         query, key, codes, structure, lists, seen.sight, seen.score, threshold, scale, config, budget, seen.rough
     )

@@ -45,7 +45,7 @@ class Stages:
         threshold = torch.as_tensor(config.threshold, dtype=torch.float32, device=query.device)
         threshold = threshold.expand(query.shape[1]).contiguous()
         rule = RULES[config.metric]
-        self._make_codes = partial(rule.codes, query, key, self._bounds, config)
+        self._make_codes = partial(rule.codes, key, self._bounds, config)
         of_call = (self._bounds, True, threshold, inputs.scale, config, self._widths.budget)
         self._estimate = partial(rule.estimate, query, key, self._make_codes(), *of_call)
         self._hits = self._estimate()[0]

@@ -15,8 +15,9 @@ class Rule(NamedTuple):
     """A rule in two stages; the second for causal calls and for programmed ones."""
 
     codes: Callable[..., tuple[Tensor, ...]]
-    """``codes(query, key, bounds, config, every_key=False)``: what the estimate is made from. `every_key`: of single
-    keys, whatever the config says."""
+    """``codes(key, bounds, config, every_key=False, reuse=None)``: the smoothing mean, and what the estimate knows of
+    the keys. `every_key`: of single keys, whatever the config says. `reuse`: a `sale_flex.key_codes.Reuse`, codes of
+    earlier calls' keys."""
 
     estimate: Callable[
         [Tensor, Tensor, tuple[Tensor, ...], Tensor, bool, Tensor, float, SaleConfig, int],
