@@ -10,9 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sale_flex.block_mask import build_block_mask, make_bounds, wants_grad
 from sale_flex.break_even import early_rows, rows_of_early_blocks
+from sale_flex.clock import mark
 from sale_flex.config import SaleConfig
 from sale_flex.flex import check_backward, run_flex
 from sale_flex.geometry import Grid
+from sale_flex.key_codes import KeyCodes, reuse_of
 from sale_flex.mods import MaskMod, ScoreMod
 from sale_flex.sinks import attend_rows, check_sinks, with_sinks
 from sale_flex.stats import SaleStats, dense_stats, with_dense_rows
@@ -58,6 +60,7 @@ class AttentionOptions(TypedDict, total=False):
     q_offset: int | Tensor | None
     kv_range: Tensor | None
     scale: float | None
+    key_codes: KeyCodes | None
     kernel_options: dict[str, Any] | None
 
 
@@ -120,6 +123,7 @@ def sale_attention(
     q_offset: int | Tensor | None = None,
     kv_range: Tensor | None = None,
     scale: float | None = None,
+    key_codes: KeyCodes | None = None,
     return_lse: bool = False,
     stats: bool = False,
     kernel_options: dict[str, Any] | None = None,
@@ -149,6 +153,8 @@ def sale_attention(
         kv_range: int ``[B, 2]``, first and one-past-last valid key of each batch row; by default all keys. Queries that
             stand outside it are padding; their output is 0.
         scale: Softmax scale; by default ``D ** -0.5``.
+        key_codes: A `KeyCodes`, which keeps codes of keys from chunk to chunk of a prompt: the same blocks are chosen,
+            and only new keys are coded. Beside it `q_offset` must be an int or left out.
         return_lse: Also return the log-sum-exp of every row over what it kept, in nats, without the sink logit.
         stats: Also return what was kept and which path ran.
         kernel_options: Options for flex_attention, over those of `flex_kernel_options`.
@@ -161,7 +167,7 @@ def sale_attention(
     Raises:
         TypeError, ValueError: An argument breaks its rule; the message names both.
         NotImplementedError: The estimate can not follow an operation of a mod; or a gradient is wanted where torch
-            can not compute it, on a CPU or for small blocks before torch 2.14.
+            can not compute it, on a CPU or for small blocks before torch 2.14; or `key_codes` under torch.compile.
     """
     mods = UserMods(score_mod, mask_mod, block_mask, causal, estimate_mods)
     check_inputs(query, key, value, config, q_offset, kv_range, scale)
@@ -169,15 +175,18 @@ def sale_attention(
         check_mods(query, key, mods, config)
     if sink_logits is not None:
         check_sinks(sink_logits, query)
+    reuse = reuse_of(key_codes, query, key, q_offset)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     min_length = early_rows(query, config)
     wants_lse = return_lse or sink_logits is not None
     plain = mods.plain and not wants_lse
     square = q_offset is None and kv_range is None and query.shape[2] == key.shape[2]
+    mark(None, query.device)
     reason = _dense_reason(query, key, config.block_size[0], min_length)
     if reason is not None and plain and _fits_sdpa(query, key, q_offset is None and kv_range is None):
         bounds = None if square and not stats else make_bounds(query, key, q_offset, kv_range)
         output = dense_sdpa(query, key, value, None if square else bounds, scale)
+        mark("attention", query.device)
         if bounds is None or not stats:
             return output
         grid = Grid(query.shape[2], key.shape[2], *config.block_size)
@@ -214,8 +223,10 @@ def sale_attention(
         leave_early=early > 0,
         backward=backward,
         dense=None if plain else reason,
+        reuse=reuse,
     )
     counts = built.counts
+    mark("mask", query.device)
     lse = None
     if by_rows:
         output, lse = attend_rows(query, key, value, built.kept, mods, bounds, config.block_size, scale)
@@ -228,6 +239,7 @@ def sale_attention(
         output = with_sinks(output, lse, sink_logits)
     if early:
         output[:, :, :early] = dense_sdpa(query[:, :, :early], key[:, :, :early], value[:, :, :early], None, scale)
+    mark("attention", query.device)
     if not stats:
         return LseResult(output, lse) if return_lse and lse is not None else output
     kept = with_dense_rows(counts(), bounds, Grid(early, key.shape[2], *config.block_size)) if early else counts()

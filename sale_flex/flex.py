@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from sale_flex.bridge import identity
 from sale_flex.mods import ScoreMod
+from sale_flex.mods.held import held
 
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -141,6 +142,10 @@ def run_flex(
     options |= kernel_options or {}
     grouped = query.shape[1] != key.shape[1]
     if torch.compiler.is_compiling():
+        if query.device.type == "cpu":
+            # Inductor's C++ template reads some views of what the same program computes, such as the parts of a fused
+            # projection after a rotary embedding, from the wrong places (torch 2.13); copies it reads right.
+            query, key, value = held(query), held(key), held(value)
         return _flex(query, key, value, block_mask, score_mod, scale, grouped, options, return_lse)
     program = _program(
         query.device,

@@ -171,3 +171,26 @@ def test_switched_off_compilation_is_refused_and_not_run_densely():
     inputs = structured_inputs(Shape(300, 300, head_dim=32), 0)
     with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match=r"torch\.compile"):
         sale_attention(*inputs, CONFIG)
+
+
+def test_a_fused_projection_with_a_rotary_embedding_is_read_right_by_inductor():
+    """Torch's C++ template for flex_attention misreads such values, which are views of a product (torch 2.13)."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 160, 64, generator=generator)
+    weight, turn = torch.randn(64, 8 * 32, generator=generator) / 8, torch.rand(160, 32, generator=generator)
+    project = torch.randn(4 * 32, 64, generator=generator) / 8
+
+    def rotated(x):
+        first, second = x.chunk(2, -1)
+        return x * turn + torch.cat([-second, first], -1) * turn
+
+    def layer(hidden):
+        parts = (hidden @ weight).split((4 * 32, 2 * 32, 2 * 32), -1)
+        query, key, value = (x.view(1, 160, heads, 32).transpose(1, 2) for x, heads in zip(parts, (4, 2, 2)))
+        output = sale_attention(rotated(query), rotated(key), value, replace(CONFIG, metric="mass", threshold=0.0))
+        return output.transpose(1, 2).reshape(1, 160, -1) @ project
+
+    with torch.no_grad():
+        expected, output = layer(hidden), torch.compile(layer, fullgraph=True)(hidden)
+    # Sums of 160 float32 products in another order; a misread value is off by its own size.
+    assert float((output - expected).abs().max()) < 160 * torch.finfo(torch.float32).eps * float(expected.abs().max())
