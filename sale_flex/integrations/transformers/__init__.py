@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Hugging Face transformers: ``attn_implementation="sale_flex"``.
+
+Long prompts prefill sparsely; decoding, caches, padding, packed sequences, generation and torch.compile go on working.
+
+Example:
+    >>> import sale_flex.integrations.transformers as sale_hf
+    >>> sale_hf.register()
+    >>> model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sale_flex", dtype=torch.bfloat16)
+    >>> sale_hf.configure(model, SaleConfig(threshold=0.01))
+    >>> model.generate(**inputs)
+    >>> print(sale_hf.stats(model))
+"""
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from sale_flex.integrations.transformers.calls import AttentionCall, observe
+from sale_flex.integrations.transformers.configure import configure
+from sale_flex.integrations.transformers.forward import sale_flex_forward
+from sale_flex.integrations.transformers.layers import attention_layers, query_heads
+from sale_flex.integrations.transformers.masks import ModelMask, sale_flex_mask
+from sale_flex.integrations.transformers.stats import LayerStats, ModelStats, reset_stats, stats
+
+NAME = "sale_flex"
+"""The value of ``attn_implementation``."""
+
+__all__ = [
+    "NAME",
+    "AttentionCall",
+    "LayerStats",
+    "ModelMask",
+    "ModelStats",
+    "attention_layers",
+    "configure",
+    "observe",
+    "query_heads",
+    "register",
+    "reset_stats",
+    "sale_flex_forward",
+    "sale_flex_mask",
+    "stats",
+]
+
+
+def register() -> None:
+    """Make ``attn_implementation="sale_flex"`` known to transformers in this process, before a model is loaded."""
+    AttentionInterface.register(NAME, sale_flex_forward)
+    AttentionMaskInterface.register(NAME, sale_flex_mask)

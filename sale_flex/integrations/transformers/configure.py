@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`configure`: what each attention layer of a model keeps."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sale_flex.config import SaleConfig
+from sale_flex.integrations.transformers.caches import hand_over_cache
+from sale_flex.integrations.transformers.layers import LayerState, attention_layers, query_heads, set_state, state_of
+from sale_flex.integrations.transformers.parallel import local_heads
+
+EVERYTHING_DENSE = 2**30
+"""A `min_length` above every length."""
+
+
+@runtime_checkable
+class ConfigByLayer(Protocol):
+    """Something that knows what each layer keeps, such as a `sale_flex.Calibration`."""
+
+    def check_fits(self, layers: Mapping[int, int]) -> None:
+        """Raise ValueError unless it is for a model with these layers, layer index -> query heads."""
+
+    def layer_config(self, layer: int) -> SaleConfig:
+        """The config of a layer, with a threshold for every query head of the model."""
+
+
+def configure(
+    model: torch.nn.Module,
+    config: SaleConfig | ConfigByLayer | Mapping[int, SaleConfig | None] = SaleConfig(),  # noqa: B008 - frozen
+) -> None:
+    """Say what a model's attention layers keep, and begin to count what they do.
+
+    Args:
+        model: A model of transformers with ``attn_implementation="sale_flex"``, or a part of one.
+        config: One for all layers; a `Calibration`, with thresholds per layer and head; or a mapping from layer indices
+            to configs, of which None makes a layer dense. Thresholds per head are for all heads: under tensor
+            parallelism each process takes those of its own.
+
+    Raises:
+        TypeError, ValueError: `config` does not fit the model; the message names both. The model is left as it was.
+    """
+    layers = attention_layers(model)
+    heads = {index: query_heads(module) for index, module in layers.items()}
+    configs = _per_layer(config, heads)
+    states = {}
+    for index, module in layers.items():
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        mine = local_heads(model, heads[index])
+        states[index] = LayerState(_local(configs[index], heads[index], mine, device), mine.stop - mine.start, device)
+    for index, module in layers.items():
+        if state_of(module) is None:
+            hand_over_cache(module)
+        set_state(module, states[index])
+
+
+def _per_layer(config: Any, heads: Mapping[int, int]) -> dict[int, SaleConfig]:
+    if isinstance(config, SaleConfig):
+        return dict.fromkeys(heads, config)
+    if isinstance(config, ConfigByLayer):
+        config.check_fits(heads)
+        return {index: config.layer_config(index) for index in heads}
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            "config must be a SaleConfig, a Calibration or a mapping from layer indices to SaleConfigs, got "
+            f"{type(config).__name__}."
+        )
+    if set(config) != set(heads):
+        raise ValueError(
+            f"config must name the model's attention layers {sorted(heads)}, each once, got {sorted(config)}; "
+            "None makes a layer dense."
+        )
+    for index, one in config.items():
+        if one is not None and not isinstance(one, SaleConfig):
+            raise TypeError(f"config[{index}] must be a SaleConfig or None, got {type(one).__name__}.")
+    dense = SaleConfig(min_length=EVERYTHING_DENSE)
+    return {index: dense if one is None else one for index, one in config.items()}
+
+
+def _local(config: SaleConfig, heads: int, mine: slice, device: torch.device) -> SaleConfig:
+    """The config with the thresholds of this process's heads, on the layer's device."""
+    threshold = config.threshold
+    if not isinstance(threshold, Tensor):
+        return config
+    if threshold.shape != (heads,):
+        raise ValueError(
+            f"config.threshold must be a float or have shape [{heads}], one per query head of the model, got "
+            f"{list(threshold.shape)}."
+        )
+    if not threshold.any():
+        return replace(config, threshold=0.0, min_length=EVERYTHING_DENSE)
+    return replace(config, threshold=threshold[mine].to(device))

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The attention function of ``attn_implementation="sale_flex"``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from sale_flex import mods
+from sale_flex.attention import SaleResult, sale_attention
+from sale_flex.clock import running
+from sale_flex.config import SaleConfig
+from sale_flex.integrations.transformers.caches import ARGUMENT, codes_of
+from sale_flex.integrations.transformers.calls import AttentionCall
+from sale_flex.integrations.transformers.dense import dense_step
+from sale_flex.integrations.transformers.heads import pad_heads
+from sale_flex.integrations.transformers.layers import DECODE, DENSE, SPARSE, LayerState, state_of
+from sale_flex.integrations.transformers.masks import DENSE_QUERIES, ModelMask
+from sale_flex.key_codes import KeyCodes
+
+_DEFAULT = SaleConfig()
+
+
+def sale_flex_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' ``AttentionInterface``.
+
+    Args:
+        module: The attention module; `configure` left its `SaleConfig` there, otherwise the default is taken.
+        query: ``[B, Hq, Sq, D]``; under tensor parallelism the heads of this process.
+        key: ``[B, Hkv, Skv, D]``.
+        value: ``[B, Hkv, Skv, Dv]``.
+        attention_mask: From `sale_flex_mask`, or a mask tensor or BlockMask of the user's.
+        scaling: Softmax scale; by default ``D ** -0.5``.
+        dropout: Must be 0 in prefill.
+        softcap: Of the logits, ``softcap * tanh(logits / softcap)``, if given.
+        s_aux: Sink logits ``[Hq]``, if the model has them.
+        is_causal: Whether a query sees no key behind its own position, if there is no mask; the module's by default.
+        position_bias: Must be None in prefill.
+        kwargs: Others of the model's, of which none changes what is computed here.
+
+    Returns:
+        ``[B, Sq, Hq, Dv]``, contiguous, and None for the attention weights.
+
+    Raises:
+        NotImplementedError: Attention weights, dropout, a position bias or continuous batching are asked for.
+    """
+    _refuse_early(module, kwargs)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    state = state_of(module)
+    if state is not None and state.calls.device != query.device:
+        state.move(query.device)
+    if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
+        # A static cache that was empty: the keys past the prompt are room.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    crossed = attention_mask is None and not causal and query.shape[2] != key.shape[2]
+    few = query.shape[2] < DENSE_QUERIES
+    if not isinstance(attention_mask, BlockMask) and (attention_mask is not None or crossed or few):
+        _count(state, DECODE if few else DENSE, "dense: cross-attention" if crossed else "dense: a mask tensor")
+        output = dense_step(
+            module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, causal, position_bias
+        )
+        return output, None
+    _refuse_prefill(dropout, position_bias)
+    options: dict[str, Any] = {"scale": query.shape[3] ** -0.5 if scaling is None else scaling}
+    if isinstance(attention_mask, ModelMask):
+        keys = attention_mask.looks.keys
+        key, value = key[:, :, :keys], value[:, :, :keys]
+        options |= attention_mask.options
+    elif attention_mask is not None:
+        options |= {"block_mask": attention_mask, "causal": False}
+    elif not causal:
+        options["causal"] = False
+    if softcap is not None:
+        options["score_mod"] = mods.softcap(softcap)
+    if s_aux is not None:
+        options["sink_logits"] = s_aux
+    width = value.shape[3]
+    query, key, value = pad_heads(query, key, value)
+    call = AttentionCall(getattr(module, "layer_idx", -1), query, key, value, options)
+    codes = None
+    if kwargs.get(ARGUMENT) is not None and not torch.compiler.is_compiling():
+        looks = attention_mask.looks if isinstance(attention_mask, ModelMask) else None
+        codes = codes_of(kwargs[ARGUMENT], call.layer, looks)
+    output = _attend(state, call, codes)
+    return output[..., :width].transpose(1, 2).contiguous(), None
+
+
+def _attend(state: LayerState | None, call: AttentionCall, codes: KeyCodes | None) -> Tensor:
+    if state is None:
+        return sale_attention(call.query, call.key, call.value, _DEFAULT, **call.options)
+    if state.observer is not None:
+        return state.observer(call)
+    inputs = (call.query, call.key, call.value, state.config)
+    if torch.compiler.is_compiling():
+        result = sale_attention(*inputs, stats=True, **call.options)
+    else:
+        with running(state.clock):
+            result = sale_attention(*inputs, stats=True, key_codes=codes, **call.options)
+    assert isinstance(result, SaleResult)
+    kept, visible, path, dropped = result.stats
+    _count(state, DENSE if path.startswith("dense") and " on the others" not in path else SPARSE, path)
+    for place, counts in enumerate((kept, visible, dropped)):
+        state.blocks[place].add_(counts.sum(0))
+    return result.output
+
+
+def _count(state: LayerState | None, kind: int, path: str) -> None:
+    if state is None:
+        return
+    state.calls[kind].add_(1)
+    if kind != DECODE and not torch.compiler.is_compiling():
+        state.paths[path] += 1
+
+
+def _refuse_early(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    of_model = getattr(getattr(module, "config", None), "output_attentions", False)
+    if of_model or kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            "attn_implementation='sale_flex' computes no attention weights (output_attentions); load the model with "
+            "attn_implementation='eager' to see them."
+        )
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError(
+            "attn_implementation='sale_flex' has no continuous batching (a paged cache); use model.generate, or "
+            "attn_implementation='sdpa'."
+        )
+
+
+def _refuse_prefill(dropout: float, position_bias: Tensor | None) -> None:
+    if dropout:
+        raise NotImplementedError(
+            f"attn_implementation='sale_flex' has no attention dropout, got {dropout}; call model.eval(), or set "
+            "model.config.attention_dropout to 0."
+        )
+    if position_bias is not None:
+        raise NotImplementedError(
+            "attn_implementation='sale_flex' takes no position_bias tensor; a bias of relative positions can be a "
+            "score_mod of sale_attention (sale_flex.mods.relative_bias)."
+        )

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`stats(model)`: what every attention layer did since it was configured."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sale_flex.integrations.transformers.layers import DECODE, DENSE, SPARSE, LayerState, layer_states
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What a layer did."""
+
+    layer: int
+    """Its index in the model."""
+    sparse_calls: int
+    """Prefill calls that chose blocks."""
+    dense_calls: int
+    """Prefill calls that ran dense; `paths` says why."""
+    decode_calls: int
+    """Calls of a few queries, which are dense."""
+    density: tuple[float, ...]
+    """Kept over visible blocks of every query head of this process, of all prefill; NaN before any."""
+    dropped_blocks: int
+    """Blocks above the threshold that found no room in their index list."""
+    paths: dict[str, int]
+    """How often each path ran, as `SaleStats.path` names them; without calls inside compiled programs."""
+    mask_ms: float
+    """Milliseconds spent on choosing blocks, in all; of the device on CUDA. Without compiled programs, as `paths`."""
+    attention_ms: float
+    """Milliseconds of prefill's attention, sparse and dense."""
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """What a model's attention layers did. Prints as a table."""
+
+    layers: tuple[LayerStats, ...]
+
+    @property
+    def density(self) -> float:
+        """Mean over layers and heads; NaN before any prefill."""
+        values = [value for layer in self.layers for value in layer.density]
+        return sum(values) / len(values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        counts = f"{'layer':>5}  {'sparse':>6}  {'dense':>5}  {'decode':>6}  {'density':>7}"
+        lines = [f"{counts}  {'mask ms':>8}  {'attention ms':>12}  by head"]
+        for one in self.layers:
+            mean = sum(one.density) / len(one.density)
+            heads = " ".join(f"{value:.2f}" for value in one.density)
+            calls = f"{one.layer:>5}  {one.sparse_calls:>6}  {one.dense_calls:>5}  {one.decode_calls:>6}"
+            lines.append(f"{calls}  {mean:>7.3f}  {one.mask_ms:>8.2f}  {one.attention_ms:>12.2f}  {heads}")
+        return "\n".join(lines)
+
+
+def stats(model: torch.nn.Module) -> ModelStats:
+    """What the model's attention layers did since `configure` or `reset_stats`. Waits for the device.
+
+    Raises:
+        ValueError: `configure` was not called on the model.
+    """
+    return ModelStats(tuple(_read(index, state) for index, state in layer_states(model).items()))
+
+
+def reset_stats(model: torch.nn.Module) -> None:
+    """Count from 0 again.
+
+    Raises:
+        ValueError: `configure` was not called on the model.
+    """
+    for state in layer_states(model).values():
+        state.reset()
+
+
+def _read(index: int, state: LayerState) -> LayerStats:
+    calls = state.calls.tolist()
+    kept, visible, dropped = state.blocks.tolist()
+    density = tuple(k / v if v else float("nan") for k, v in zip(kept, visible))
+    times = state.clock.read()
+    return LayerStats(
+        index,
+        calls[SPARSE],
+        calls[DENSE],
+        calls[DECODE],
+        density,
+        sum(dropped),
+        dict(state.paths),
+        times.get("mask", 0.0),
+        times.get("attention", 0.0),
+    )
