@@ -4,20 +4,25 @@
 from sale_flex import mods as mods
 from sale_flex.attention import LseResult, LseStatsResult, SaleResult, sale_attention
 from sale_flex.block_mask import create_sale_block_mask
+from sale_flex.calibration import Calibration, calibrate
 from sale_flex.config import SaleConfig
 from sale_flex.flex import flex_kernel_options
+from sale_flex.key_codes import KeyCodes
 from sale_flex.packing import pack_int4, unpack_int4
 from sale_flex.stats import SaleStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "KeyCodes",
     "LseResult",
     "LseStatsResult",
     "SaleConfig",
     "SaleResult",
     "SaleStats",
     "__version__",
+    "calibrate",
     "create_sale_block_mask",
     "flex_kernel_options",
     "pack_int4",

@@ -22,10 +22,19 @@ _COMMANDS = {
     "demo": ("sale_flex.demo", "prefill a real prompt densely and with SALE, and compare"),
     "bench": ("sale_flex.bench", "time, memory and error of every stage, beside dense attention"),
     "capture": ("sale_flex.bench.capture", "store queries, keys and values of a model's attention for bench"),
+    "calibrate": ("sale_flex.calibration.command", "find thresholds for every layer and head of a model"),
+    "inspect": ("sale_flex.calibration.view", "show a calibration's thresholds, densities and errors"),
 }
-_EXTRAS = {"demo": "demo", "bench": "bench", "capture": "bench"}
+_EXTRAS = {"demo": "demo", "bench": "bench", "capture": "bench", "calibrate": "hf", "inspect": "hf"}
 """Subcommand -> the extra that brings the packages it may lack."""
-_OPTIONAL = {"matplotlib": "viz", "rich": None, "safetensors": None, "tokenizers": None, "transformers": None}
+_OPTIONAL = {
+    "huggingface_hub": None,
+    "matplotlib": "viz",
+    "rich": None,
+    "safetensors": None,
+    "tokenizers": None,
+    "transformers": None,
+}
 """Those packages -> the extra that brings them to any subcommand, None where it is the subcommand's own."""
 
 

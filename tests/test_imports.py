@@ -18,10 +18,12 @@ ARROWS: dict[str, set[str]] = {
     "attention": {
         "block_mask",
         "break_even",
+        "clock",
         "compiler",
         "config",
         "flex",
         "geometry",
+        "key_codes",
         "mods",
         "sinks",
         "stats",
@@ -48,6 +50,7 @@ ARROWS: dict[str, set[str]] = {
         "config",
         "geometry",
         "index_lists",
+        "key_codes",
         "mask_mods",
         "mods",
         "ops",
@@ -60,7 +63,26 @@ ARROWS: dict[str, set[str]] = {
     "bounds": set(),
     "break_even": {"config"},
     "bridge": set(),
-    "cli": {"", "bench", "demo", "info"},
+    "clock": set(),
+    "calibration": {
+        "",
+        "attention",
+        "bench",
+        "bits",
+        "block_mask",
+        "break_even",
+        "cli",
+        "config",
+        "fallback",
+        "flex",
+        "geometry",
+        "index_lists",
+        "integrations",
+        "mask_mods",
+        "ops",
+        "rules",
+    },
+    "cli": {"", "bench", "calibration", "demo", "info"},
     "compiler": set(),
     "config": set(),
     "demo": {"", "cli", "config", "testing"},
@@ -69,7 +91,17 @@ ARROWS: dict[str, set[str]] = {
     "geometry": set(),
     "index_lists": {"config", "ops"},
     "info": {"cli", "config", "flex"},
+    "integrations": {
+        "attention",
+        "clock",
+        "config",
+        "key_codes",
+        "mods",
+        "ops",
+        "validation",
+    },
     "kernels": set(),
+    "key_codes": {"packing"},
     "listed_ops": {"bits", "bridge", "ops"},
     "mask_mods": {"mods", "ops"},
     "mods": set(),
@@ -80,6 +112,7 @@ ARROWS: dict[str, set[str]] = {
         "config",
         "geometry",
         "index_lists",
+        "key_codes",
         "listed_ops",
         "mask_mods",
         "mods",
@@ -90,7 +123,7 @@ ARROWS: dict[str, set[str]] = {
         "user_mods",
     },
     "reference": set(),
-    "rules": {"config", "geometry", "listed_ops", "ops", "sight"},
+    "rules": {"bits", "config", "geometry", "key_codes", "listed_ops", "ops", "sight"},
     "sight": set(),
     "sinks": {"listed_ops", "sight", "user_mods"},
     "stats": {"geometry"},
@@ -103,7 +136,9 @@ ARROWS: dict[str, set[str]] = {
 FOREIGN = {
     "bench": {"matplotlib", "rich", "safetensors", "torch", "transformers"},
     "bridge": {"torch", "triton"},
+    "calibration": {"huggingface_hub", "matplotlib", "rich", "safetensors", "torch", "transformers"},
     "demo": {"matplotlib", "rich", "safetensors", "tokenizers", "torch", "transformers"},
+    "integrations": {"torch", "transformers"},
     "kernels": {"torch", "triton"},
     "testing": {"hypothesis", "torch"},
 }
@@ -161,7 +196,8 @@ def test_importing_the_package_imports_torch_alone(tmp_path):
 
 
 def test_importing_the_package_leaves_the_optional_alone(tmp_path):
-    optional = {*FOREIGN["bench"], *FOREIGN["demo"], *FOREIGN["testing"], *FOREIGN["kernels"], "sale_flex.kernels"}
+    owners = ("bench", "calibration", "demo", "testing", "kernels")
+    optional = {"sale_flex.kernels"}.union(*(FOREIGN[owner] for owner in owners))
     code = f"import sys, sale_flex; print(*({optional - {'torch'}!r} & set(sys.modules)))"
     assert python(code, cwd=tmp_path) == ""
 

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`sale-flex calibrate`: thresholds for every layer and head of a model, from texts.
+
+This module holds the command line alone; what needs transformers is imported when the command runs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from sale_flex.bench.plan import DTYPES, find_device, parse_list
+from sale_flex.calibration.goal import ERRORS, SEARCHES
+from sale_flex.config import BLOCK_SIZES, ESTIMATORS, METRICS, SaleConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to a parser."""
+    add = parser.add_argument
+    add("model", help="folder or Hugging Face name of a transformers causal language model with its tokenizer")
+    add(
+        "--texts",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files or folders; each is one text, read from its beginning, at each of --lengths",
+    )
+    add("--lengths", default="8192,32768", help="tokens of a text, comma-separated (default %(default)s)")
+    add("--target", type=float, default=0.05, help="largest error of a head's output (default %(default)s)")
+    add("--error", choices=ERRORS, default="relative", help="to the output's size, or absolute as published")
+    add("--search", choices=SEARCHES, default="bisection", help="bisection, or halving from 0.008 as published")
+    add("--metric", choices=METRICS, default=SaleConfig.metric, help="the selection rule (default %(default)s)")
+    add("--estimator", choices=ESTIMATORS, default=SaleConfig.estimator, help="of the mass (default %(default)s)")
+    add("--bits", type=int, choices=(4, 8), default=SaleConfig.bits, help="width of the codes (default %(default)s)")
+    sizes = [f"{rows},{keys}" for rows, keys in BLOCK_SIZES]
+    add(
+        "--block-size",
+        choices=sizes,
+        default=sizes[0],
+        metavar="ROWS,KEYS",
+        help=f"of a block: {' or '.join(sizes)} (default %(default)s)",
+    )
+    add("--min-length", type=int, help="tokens up to which a query keeps everything (default: the device's break-even)")
+    add("--transfer", type=Path, nargs="+", metavar="PATH", help="texts of another kind to evaluate the result on")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where the result goes")
+    add("--resume", action="store_true", help="go on with what an interrupted run left in --out")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Calibrate and write.
+
+    Args:
+        args: What a parser with `add_arguments` and ``--json`` returned.
+
+    Returns:
+        0, or 2 when it cannot run as asked.
+
+    Raises:
+        KeyboardInterrupt: What was finished is in the folder.
+        ModuleNotFoundError: transformers or safetensors is not installed.
+    """
+    import safetensors  # noqa: F401 - before the work, not behind it
+    import torch
+
+    from sale_flex.bench.model import load
+    from sale_flex.calibration.run import calibrate
+    from sale_flex.calibration.table import payload
+    from sale_flex.cli import emit
+
+    try:
+        lengths = parse_list("--lengths", args.lengths, int, "numbers of tokens, 2 or more", lambda x: x >= 2)
+        rows, keys = map(int, args.block_size.split(","))
+        config = SaleConfig(
+            metric=args.metric,
+            estimator=args.estimator,
+            bits=args.bits,
+            block_size=(rows, keys),
+            min_length=args.min_length,
+        )
+        device = find_device(args.device)
+        dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+        model, tokenizer = load(args.model, getattr(torch, dtype), device)
+        calibration = calibrate(
+            model,
+            read_texts("--texts", args.texts, lengths, model, tokenizer),
+            config=config,
+            target=args.target,
+            error=args.error,
+            search=args.search,
+            out=args.out,
+            resume=args.resume,
+            transfer=args.transfer and read_texts("--transfer", args.transfer, lengths, model, tokenizer),
+        )
+    except (NotImplementedError, TypeError, ValueError) as error:
+        print(f"sale-flex calibrate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sale-flex calibrate: interrupted; the same command with --resume goes on", file=sys.stderr)
+        raise
+    text = f"{calibration}\nWritten to {args.out}; `sale-flex inspect {args.out}` shows every layer and head."
+    emit(payload(calibration), text, args.json)
+    return 0
+
+
+def read_texts(option: str, paths: list[Path], lengths: list[int], model: Any, tokenizer: Any) -> list[Any]:
+    """A text for every path and length: the token that begins one, if there is one, and the first of the path's.
+
+    Args:
+        option: What the paths are from.
+        paths: Files, or folders of text files.
+        lengths: In tokens.
+        model: The model, for its longest text.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        int64 ``[1, length]`` each.
+
+    Raises:
+        FileNotFoundError: A path is not there, or a folder has no text.
+        ValueError: A text is too short, or a length is too long for the model.
+    """
+    from sale_flex.bench.model import read_tokens, text_files
+
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and max(lengths) > longest:
+        raise ValueError(f"--lengths must be at most {longest} tokens, what the model reads, got {max(lengths)}")
+    bos = model.config.get_text_config().bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    found = []
+    for path in paths:
+        try:
+            tokens = read_tokens(tokenizer, text_files([path]), max(lengths), bos)
+        except ValueError as error:
+            raise ValueError(f"{option} {path}: {error}") from None
+        found += [tokens[:, :length] for length in lengths]
+    return found

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Stored scores say what the rules decide, exactly, at every step of the ladder."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sale_flex import SaleConfig
+from sale_flex.bits import unpack_bits
+from sale_flex.block_mask import make_bounds
+from sale_flex.calibration.scores import LADDER, _eighths, _mass_limits, _scores_of, _steps_reached, block_scores
+from sale_flex.fallback import mass
+from sale_flex.rules import RULES
+from sale_flex.testing import Shape, structured_inputs
+from sale_flex.testing.strategies import calls, seeds
+
+STEPS = (0.0, *LADDER)
+
+
+def hits(query, key, config, bounds, threshold):
+    """The rule's own hits at one threshold, bool ``[B, Hq, nq, nk]``."""
+    rule = RULES[config.metric]
+    thresholds = torch.full((query.shape[1],), threshold)
+    blocks = -(-key.shape[2] // config.block_size[1])
+    codes = rule.codes(key, bounds, config)
+    scale = query.shape[3] ** -0.5
+    words, _ = rule.estimate(query, key, codes, bounds, False, thresholds, scale, config, blocks)
+    return unpack_bits(words, blocks)
+
+
+def test_the_ladder_has_eight_steps_to_an_octave_that_floats_hold_exactly():
+    assert list(LADDER) == sorted(set(LADDER))
+    assert (LADDER[0], LADDER[-1], len(LADDER)) == (2**-14, 1.0, 8 * 14 + 1)
+    assert torch.tensor(LADDER).tolist() == list(LADDER)
+    # Levels are a float's upper bits: none of a step's lower 20 bits is set.
+    assert not (torch.tensor(LADDER).view(torch.int32) & (2**20 - 1)).any()
+
+
+@given(calls(max_tokens=700, max_window=40), seeds(), st.data())
+def test_scores_are_the_rules_hits(call, seed, data):
+    shape, config = call
+    query, key, _ = structured_inputs(shape, seed)
+    query = query * data.draw(st.floats(0.1, 3), "amplitude")
+    if data.draw(st.booleans(), "with non-finite"):
+        query[0, 0, seed % shape.q_len, 0] = torch.inf
+        key[0, 0, seed % shape.kv_len, 0] = torch.nan
+    positions = shape.positions()
+    bounds = make_bounds(query, key, positions["q_offset"], positions["kv_range"])
+    scores = block_scores(query, key, config, bounds, shape.head_dim**-0.5)
+    for step in {0, len(STEPS) - 1, *data.draw(st.sets(st.integers(0, len(STEPS) - 1), max_size=8), "steps")}:
+        assert torch.equal(scores >= STEPS[step], hits(query, key, config, bounds, STEPS[step]))
+
+
+@given(seeds(), st.integers(1, 40))
+def test_limits_of_masses_are_the_decisions(seed, octaves):
+    # Any sums, beyond the levels' range too, as no call would give them.
+    generator = torch.Generator().manual_seed(seed)
+    sums = (torch.rand(1, 30, 1, 20, generator=generator) * 2 - 1).mul(octaves).exp2()
+    finite = torch.rand(1, 30, 1, generator=generator) < 0.9
+    candidate, flagged = torch.ones(30, 1, 20, dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
+    found = _scores_of(_steps_reached(_eighths(sums), _mass_limits(sums, finite))).amax(2)
+    for step in STEPS:
+        hit, _ = mass._decide(sums, finite, candidate, flagged, torch.full((1, 1, 1), step), 20)
+        assert torch.equal(found >= step, hit)
+
+
+# At the larger amplitude masses go beyond the levels' range, and some blocks have nearly all of a row's.
+@pytest.mark.parametrize("amplitude", [1.0, 8.0])
+@pytest.mark.parametrize("metric", ["mass", "relative"])
+def test_every_step_of_a_call_that_uses_many(metric, amplitude):
+    shape = Shape(1024, 1024, heads=2, head_dim=32)
+    query, key, _ = structured_inputs(shape, 3)
+    query = query * amplitude
+    config = SaleConfig(metric=metric, min_length=0, sink_tokens=0, local_tokens=8)
+    bounds = make_bounds(query, key, None, None)
+    scores = block_scores(query, key, config, bounds, shape.head_dim**-0.5)
+    assert len(scores.unique()) > 20
+    for step in STEPS:
+        assert torch.equal(scores >= step, hits(query, key, config, bounds, step))
