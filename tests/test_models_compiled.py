@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Models in one graph: torch.compile(fullgraph=True) traces every family, with every kind of mask and cache.
+
+What is traced ends in a backend that compiles no C++, so that attention is dense under the mask of the kept blocks;
+tests/test_models_inductor.py has the blocks themselves. One program serves all paddings of a shape, and packed rows
+beside plain ones: traced without a cache, transformers takes every batch without a mask for one that may be packed.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import sale_flex.integrations.transformers as sale_hf
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from models_harness import (
+    BY_NAME,
+    DECODERS,
+    FAMILIES,
+    LENGTH,
+    Family,
+    assert_calls,
+    assert_close,
+    build,
+    make_cache,
+    packed_positions,
+    padding_mask,
+    prefill,
+    shared,
+    tokens,
+)
+
+pytestmark = pytest.mark.compiles
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+def traced(family: Family) -> tuple[Any, torch.nn.Module, CompileCounterWithBackend]:
+    """A compiled model, the model, and who counts its programs."""
+    model = build(family, sale_hf.NAME)
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(model, fullgraph=True, backend=counter), model, counter
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_one_program_for_all_paddings(family):
+    compiled, model, counter = traced(family)
+    masks = [padding_mask("left"), padding_mask("right"), torch.ones(2, LENGTH, dtype=torch.int64)]
+    for mask in masks:
+        options = {"use_cache": False} if family.decoder else {}
+        assert_close(prefill(compiled, tokens(), mask, **options), prefill(shared(family), tokens(), mask), mask)
+    assert counter.frame_count == 1
+    assert_calls(model, family, sparse=len(masks))
+
+
+@pytest.mark.parametrize("family", DECODERS, ids=str)
+def test_one_program_for_plain_and_packed_rows(family):
+    compiled, model, counter = traced(family)
+    layouts = [((LENGTH,), (LENGTH,)), ((100, 60), (33, 64, 63))]
+    for layout in layouts:
+        positions = packed_positions(*layout)
+        expected = prefill(shared(family), tokens(), position_ids=positions)
+        assert_close(prefill(compiled, tokens(), position_ids=positions, use_cache=False), expected)
+    assert counter.frame_count == 1
+    assert_calls(model, family, sparse=len(layouts))
+
+
+def test_an_encoder_without_a_mask():
+    family = BY_NAME["Bert"]
+    compiled, model, counter = traced(family)
+    assert_close(prefill(compiled, tokens()), prefill(shared(family), tokens()))
+    assert counter.frame_count == 1
+    assert_calls(model, family, sparse=1)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("family", DECODERS, ids=str)
+def test_a_prompt_with_a_cache(family, kind):
+    compiled, model, _ = traced(family)
+    expected = prefill(shared(family), tokens(), cache=make_cache(kind, shared(family)))
+    assert_close(prefill(compiled, tokens(), cache=make_cache(kind, model)), expected)
+    assert_calls(model, family, sparse=1)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Models on a GPU: kernels and compiled attention instead of the torch path, gpt-oss's sinks on the sparse path too."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sale_flex.integrations.transformers as sale_hf
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from models_harness import (
+    BY_NAME,
+    LENGTH,
+    SELECTIVE,
+    assert_calls,
+    assert_close,
+    build,
+    make_cache,
+    padding_mask,
+    prefill,
+    tokens,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")]
+
+
+def on_gpu(tensor):
+    return None if tensor is None else tensor.cuda()
+
+
+@pytest.mark.parametrize("padding", ["no padding", "left"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "GptOss", "Llama4"])
+def test_prompts_and_decoding_are_eagers(name, padding):
+    family = BY_NAME[name]
+    model, dense = build(family, sale_hf.NAME).cuda(), build(family).cuda()
+    ids, mask = on_gpu(tokens(length=LENGTH + 2)), on_gpu(padding_mask(padding))
+    output, expected = (prefill(each, ids, mask, make_cache("dynamic", each), decode=2) for each in (model, dense))
+    assert_close(output, expected, mask)
+    assert_calls(model, family, sparse=1, decode=2)
+    for layer in sale_hf.stats(model).layers:
+        assert set(layer.density) == {1.0}
+        assert all(path.startswith("triton") and path.endswith("flex") for path in layer.paths), layer.paths
+
+
+@pytest.mark.parametrize("name", ["Llama", "GptOss"])
+@torch.no_grad()
+def test_a_compiled_prompt_drops_the_blocks_of_an_eager_one(name):
+    family = BY_NAME[name]
+    model, other = (build(family, sale_hf.NAME, SELECTIVE).cuda() for _ in range(2))
+    ids = tokens(length=500).cuda()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    assert_close(prefill(compiled, ids, cache=make_cache("dynamic", model)), prefill(other, ids))
+    for one, same in zip(sale_hf.stats(model).layers, sale_hf.stats(other).layers):
+        assert one.density == same.density
+        assert max(one.density) < 1

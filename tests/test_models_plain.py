@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Models whose layers see all that is behind them, against eager attention: paddings, caches, chunks, packed rows.
+
+Prompts in chunks without a cache, and packed rows with one or with a padding mask, are no combinations of
+transformers': it finds packed rows where there is neither. An encoder has no cache.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import sale_flex.integrations.transformers as sale_hf
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from models_harness import (
+    BY_NAME,
+    DECODERS,
+    PADDINGS,
+    assert_calls,
+    assert_close,
+    assert_sparse_paths,
+    build,
+    case_ids,
+    check_packed,
+    check_prefill,
+    padding_mask,
+    prefill,
+    prefill_cases,
+    shared,
+    tokens,
+)
+
+PLAIN = tuple(family for family in DECODERS if not family.local)
+
+
+@pytest.mark.parametrize(("family", "padding", "cache", "way"), case_ids(prefill_cases(PLAIN)))
+def test_prompts_and_decoding_are_eagers(family, padding, cache, way):
+    check_prefill(family, padding, cache, way)
+
+
+@pytest.mark.parametrize("family", PLAIN, ids=str)
+def test_packed_documents_do_not_see_each_other(family):
+    check_packed(family, (100, 60), (33, 64, 63))
+
+
+def test_one_packed_row():
+    check_packed(BY_NAME["Llama"], (31, 1, 96, 32))
+
+
+def test_heads_of_a_size_that_no_kernel_has():
+    family = BY_NAME["Llama"]
+    dense, model = (build(family, implementation, head_dim=24) for implementation in ("eager", sale_hf.NAME))
+    assert_close(prefill(model, tokens()), prefill(dense, tokens()))
+    assert_calls(model, family, sparse=1)
+    assert_sparse_paths(model)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_an_encoder_sees_both_ways(padding):
+    family = BY_NAME["Bert"]
+    model, mask = build(family, sale_hf.NAME), padding_mask(padding)
+    assert_close(prefill(model, tokens(), mask), prefill(shared(family), tokens(), mask), mask)
+    assert_calls(model, family, sparse=1)
+    assert_sparse_paths(model)
