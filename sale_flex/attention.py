@@ -19,7 +19,7 @@ from sale_flex.mods import MaskMod, ScoreMod
 from sale_flex.sinks import attend_rows, check_sinks, with_sinks
 from sale_flex.stats import SaleStats, dense_stats, with_dense_rows
 from sale_flex.user_mods import UserMods, check_mods
-from sale_flex.validation import check_inputs
+from sale_flex.validation import check_inputs, settled
 
 _DENSE_MASK_LIMIT = 2**22
 """Elements of an explicit mask that the dense shortcut may build per batch row; above, the block path runs."""
@@ -170,6 +170,7 @@ def sale_attention(
             can not compute it, on a CPU or for small blocks before torch 2.14; or `key_codes` under torch.compile.
     """
     mods = UserMods(score_mod, mask_mod, block_mask, causal, estimate_mods)
+    scale = settled(scale)
     check_inputs(query, key, value, config, q_offset, kv_range, scale)
     if not mods.plain:
         check_mods(query, key, mods, config)

@@ -20,7 +20,7 @@ from sale_flex.mods import MaskMod, ScoreMod
 from sale_flex.rules import RULES
 from sale_flex.stats import SaleStats, mask_stats
 from sale_flex.user_mods import UserMods, check_mods, see_mods
-from sale_flex.validation import check_inputs
+from sale_flex.validation import check_inputs, settled
 
 EVERY_ROW = 2**30
 """A `min_length` beyond every length: all rows are early."""
@@ -123,6 +123,7 @@ def create_sale_block_mask(
         NotImplementedError: The estimate can not follow an operation of a mod; or `key_codes` under torch.compile.
     """
     mods = UserMods(score_mod, mask_mod, block_mask, causal, estimate_mods)
+    scale = settled(scale)
     check_inputs(query, key, value, config, q_offset, kv_range, scale)
     if not mods.plain:
         check_mods(query, key, mods, config)

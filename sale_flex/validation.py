@@ -12,6 +12,13 @@ HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def settled(scale: float | None) -> float | None:
+    """`scale` as a constant of a compiled program; torch.compile(dynamic=True) makes a symbol of a module's number."""
+    if torch.compiler.is_compiling() and isinstance(scale, float):
+        return float.fromhex(scale.hex())
+    return scale
+
+
 def check_inputs(
     query: Tensor,
     key: Tensor,

@@ -328,3 +328,74 @@ def check_packed(family: Family, *documents: tuple[int, ...]) -> None:
     assert_close(output, prefill(shared(family), ids, position_ids=positions))
     assert_calls(model, family, sparse=1)
     assert_sparse_paths(model)
+
+
+NEW = 4
+"""Tokens to generate."""
+
+WAYS = {
+    "dynamic": ({}, 1),
+    "static": ({"cache_implementation": "static"}, 1),
+    "dynamic, in chunks": ({"prefill_chunk_size": 64}, 3),
+    "static, in chunks": ({"cache_implementation": "static", "prefill_chunk_size": 64}, 3),
+    "beams": ({"num_beams": 2}, 1),
+}
+"""Options of generate, and how many calls the prompt takes."""
+
+
+def generate_cases(families: tuple[Family, ...]) -> Iterator[tuple[Family, str, str]]:
+    """Family, way of generating, padding."""
+    for family in families:
+        for way in WAYS:
+            # generate of transformers 5.17 fails for Llama 4 with a static cache, whatever its attention.
+            old = transformers.__version__.startswith("5.17.")
+            if not (old and family.name == "Llama4" and way.startswith("static")):
+                yield from ((family, way, padding) for padding in ("no padding", "left"))
+
+
+def generated(model: torch.nn.Module, ids: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """Token ids, logits ``[rows, NEW, vocabulary]``, and the cache."""
+    result = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        disable_compile=True,  # of decoding steps, which are dense
+        **options,
+    )
+    return result.sequences, torch.stack(result.logits, 1), result.past_key_values
+
+
+def check_generate(family: Family, way: str, padding: str) -> None:
+    """Tokens and logits are eager's."""
+    options, calls = WAYS[way]
+    rows = 1 if way == "beams" else 2  # two beams are two rows for the model
+    ids, mask = tokens()[:rows], padding_mask(padding)
+    mask = torch.ones_like(ids) if mask is None else mask[:rows]
+    model = build(family, sale_hf.NAME)
+    (sequences, logits, _), (expected, wanted, _) = (
+        generated(each, ids, mask, **options) for each in (model, shared(family))
+    )
+    assert torch.equal(sequences, expected)
+    assert_close(logits, wanted)
+    assert_calls(model, family, sparse=calls, decode=NEW - 1)
+    assert_sparse_paths(model)
+
+
+def check_second_turn(family: Family) -> None:
+    """A prompt that goes on from the cache of an earlier generate."""
+    model, more = build(family, sale_hf.NAME), tokens(length=WINDOW, seed=2)
+    results = []
+    for each in (model, shared(family)):
+        ids, _, cache = generated(each, tokens(), torch.ones_like(tokens()))
+        ids = torch.cat([ids, more], 1)
+        results.append(generated(each, ids, torch.ones_like(ids), past_key_values=cache)[:2])
+    (ids, logits), (expected, wanted) = results
+    assert torch.equal(ids, expected)
+    assert_close(logits, wanted)
+    # The last token of the first turn had no step of its own, so the second turn's call has it too.
+    assert ids.shape[1] == LENGTH + NEW + WINDOW + NEW
+    assert_calls(model, family, sparse=2, decode=2 * (NEW - 1))
+    assert_sparse_paths(model)

@@ -194,3 +194,22 @@ def test_a_fused_projection_with_a_rotary_embedding_is_read_right_by_inductor():
         expected, output = layer(hidden), torch.compile(layer, fullgraph=True)(hidden)
     # Sums of 160 float32 products in another order; a misread value is off by its own size.
     assert float((output - expected).abs().max()) < 160 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+
+
+def test_a_scale_that_is_a_modules_number_is_taken_with_dynamic_shapes():
+    class Layer(torch.nn.Module):
+        def __init__(self, scaling):
+            super().__init__()
+            self.scaling = scaling
+
+        def forward(self, query, key, value):
+            return sale_attention(query, key, value, CONFIG, scale=self.scaling)
+
+    counter = CompileCounterWithBackend("eager")
+    for scaling in (0.25, 0.125):
+        layer = Layer(scaling)
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+        for length in (300, 420, 500):
+            inputs = structured_inputs(Shape(length, length, heads=4, kv_heads=2, head_dim=32), length)
+            torch.testing.assert_close(compiled(*inputs), layer(*inputs), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 2

@@ -23,7 +23,12 @@ from models_harness import (
     tokens,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")]
+pytestmark = [
+    pytest.mark.gpu,
+    # What the compiler says about other parts of a model than attention.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled"),
+]
 
 
 def on_gpu(tensor):

@@ -3,7 +3,6 @@
 
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,9 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex.integrations.transformers.layers import layer_states
+from sale_flex import KeyCodes, SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex.integrations.transformers.caches import stores_of
+from sale_flex.testing import block_map
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from models_harness import BY_NAME, DECODERS, EVERYTHING, FAMILIES, assert_close, build, outputs, tokens
@@ -19,7 +20,11 @@ from test_models_parallel import check_two_processes_against_one
 
 pytestmark = [
     pytest.mark.gpu,
+    # What the compiler says about other parts of a model than attention.
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled"),
+    pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
 ]
 
 
@@ -75,26 +80,40 @@ def test_a_prompt_for_generation_has_eagers_logits(family, kind):
     assert all(one.sparse_calls > 0 and one.decode_calls == 2 for one in sale_hf.stats(model).layers)
 
 
-def test_chunks_choose_the_blocks_of_one_shot():
-    config = replace(EVERYTHING, threshold=0.05, sink_tokens=16, local_tokens=32, smooth_tokens=64)
+@pytest.mark.parametrize("metric", ["mass", "relative"])
+def test_chunks_with_stored_codes_choose_the_blocks_of_one_shot(metric):
+    config = SaleConfig(metric=metric, threshold=0.05, min_length=64, local_tokens=32, smooth_tokens=64)
+    model = build(BY_NAME["Llama"], "sale_flex", config, max_position_embeddings=2048).cuda()
+    sale_hf.configure(model, config)
+    calls = []
+
+    def watched(call):
+        calls.append(call)
+        return sale_attention(call.query, call.key, call.value, config, **call.options)
+
     ids = tokens(length=1280).cuda()
-    kept = []
-    for sizes in ((1280,), (320, 320, 640)):
-        model = build(BY_NAME["Llama"], "sale_flex", config, max_position_embeddings=2048).cuda()
-        sale_hf.configure(model, config)
-        cache, first = DynamicCache(config=model.config), 0
-        with torch.no_grad():
-            for size in sizes:
-                model(ids[:, first : first + size], past_key_values=cache)
-                first += size
-        kept.append([state.blocks.clone() for state in layer_states(model).values()])
-    # The first layer's keys and queries are products of the same rows; those of later layers have passed attention,
-    # whose sums are in another order, so that a block at the threshold may fall to the other side.
-    assert torch.equal(kept[0][0], kept[1][0])
-    for whole, chunked in zip(*kept):
-        assert bool((whole[0] < whole[1]).all())
-        assert torch.equal(whole[1], chunked[1])
-        assert bool(((whole[0] - chunked[0]).abs() <= whole[1] // 100).all())
+    with torch.no_grad(), sale_hf.observe(model, watched):
+        model(ids)
+    assert len(calls) == 2
+    for call in calls:
+        whole = block_map(create_sale_block_mask(call.query, call.key, config, **call.options)).kept
+        assert not bool(whole[..., -1, :].all())
+        codes = KeyCodes()
+        for first, stop in ((0, 320), (320, 640), (640, 1280)):
+            query, key = call.query[:, :, first:stop], call.key[:, :, :stop]
+            mask = create_sale_block_mask(query, key, config, key_codes=codes, **call.options)
+            assert torch.equal(block_map(mask).kept, whole[:, :, first // 64 : stop // 64, : stop // 64])
+        assert codes.length == 1280
+
+
+def test_chunks_of_a_model_keep_codes_with_its_cache():
+    config = SaleConfig(threshold=0.05, min_length=64, local_tokens=32, smooth_tokens=64)
+    model, ids = on_gpu(BY_NAME["Llama"], "sale_flex", config), tokens(length=512).cuda()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for first in range(0, 512, 128):
+            model(ids[:, first : first + 128], past_key_values=cache)
+    assert [codes.length for codes in stores_of(cache).values()] == [512, 512]
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss", "Llama4"])

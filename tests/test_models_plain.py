@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Models whose layers see all that is behind them, against eager attention: paddings, caches, chunks, packed rows.
+"""Models that see all before a token, against eager attention: padding, caches, chunks, generate, packed rows.
 
 Prompts in chunks without a cache, and packed rows with one or with a padding mask, are no combinations of
 transformers': it finds packed rows where there is neither. An encoder has no cache.
@@ -22,8 +22,11 @@ from models_harness import (
     assert_sparse_paths,
     build,
     case_ids,
+    check_generate,
     check_packed,
     check_prefill,
+    check_second_turn,
+    generate_cases,
     padding_mask,
     prefill,
     prefill_cases,
@@ -37,6 +40,16 @@ PLAIN = tuple(family for family in DECODERS if not family.local)
 @pytest.mark.parametrize(("family", "padding", "cache", "way"), case_ids(prefill_cases(PLAIN)))
 def test_prompts_and_decoding_are_eagers(family, padding, cache, way):
     check_prefill(family, padding, cache, way)
+
+
+@pytest.mark.parametrize(("family", "way", "padding"), case_ids(generate_cases(PLAIN)))
+def test_generate_gives_eagers_tokens_and_logits(family, way, padding):
+    check_generate(family, way, padding)
+
+
+@pytest.mark.parametrize("name", ["Llama"])
+def test_a_second_turn_goes_on_from_the_first(name):
+    check_second_turn(BY_NAME[name])
 
 
 @pytest.mark.parametrize("family", PLAIN, ids=str)

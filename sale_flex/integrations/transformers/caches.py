@@ -30,6 +30,15 @@ def _add_cache(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     return args, kwargs | {ARGUMENT: cache}
 
 
+def stores_of(cache: Any) -> dict[int, KeyCodes]:
+    """The stores of a KV cache, layer index -> `KeyCodes`."""
+    stores: dict[int, KeyCodes] | None = getattr(cache, _CODES, None)
+    if stores is None:
+        stores = {}
+        setattr(cache, _CODES, stores)
+    return stores
+
+
 def codes_of(cache: Any, layer: int, looks: Looks | None) -> KeyCodes | None:
     """The store of a layer for this call; None where it is of no use.
 
@@ -41,17 +50,18 @@ def codes_of(cache: Any, layer: int, looks: Looks | None) -> KeyCodes | None:
         layer: The layer's index.
         looks: What the call sees; None for a whole prompt.
     """
-    stores: dict[int, KeyCodes] | None = getattr(cache, _CODES, None)
     first_valid = 0 if looks is None or looks.padding is None else looks.padding.first_valid
-    later = looks is not None and all(isinstance(x, int) for x in (looks.q_offset, looks.kv_offset))
-    if looks is None or not later or looks.kv_offset != 0 or looks.q_offset == 0 or first_valid is None:
-        if stores is not None:
-            stores.pop(layer, None)
+    stores = stores_of(cache)
+    if looks is None or not _goes_on(looks) or first_valid is None:
+        stores.pop(layer, None)
         return None
-    if stores is None:
-        stores = {}
-        setattr(cache, _CODES, stores)
     store = stores.setdefault(layer, KeyCodes(first_valid))
     if store.first_valid != first_valid:
         store.first_valid = first_valid
     return store
+
+
+def _goes_on(looks: Looks) -> bool:
+    """Whether the call is a later chunk, at a place that the host knows, with all keys before it."""
+    q_offset, kv_offset = looks.q_offset, looks.kv_offset
+    return isinstance(q_offset, int) and q_offset > 0 and isinstance(kv_offset, int) and kv_offset == 0

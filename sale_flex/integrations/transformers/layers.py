@@ -36,14 +36,17 @@ class LayerState:
     def __init__(self, config: SaleConfig, heads: int, device: torch.device) -> None:
         self.config = config
         self.observer: Callable[[Any], Tensor] | None = None
-        self.calls = torch.zeros(3, dtype=torch.int64, device=device)
-        self.blocks = torch.zeros(3, heads, dtype=torch.int64, device=device)
+        self.calls = _counter(3, device=device)
+        self.blocks = _counter(3, heads, device=device)
         self.paths: Counter[str] = Counter()
         self.clock = Clock()
 
     def move(self, device: torch.device) -> None:
         """Follow the layer to another device."""
-        self.calls, self.blocks = self.calls.to(device), self.blocks.to(device)
+        calls, blocks = self.calls, self.blocks
+        self.calls, self.blocks = _counter(*calls.shape, device=device), _counter(*blocks.shape, device=device)
+        self.calls.copy_(calls)
+        self.blocks.copy_(blocks)
         if isinstance(self.config.threshold, Tensor):
             self.config = replace(self.config, threshold=self.config.threshold.to(device))
 
@@ -53,6 +56,13 @@ class LayerState:
         self.blocks.zero_()
         self.paths.clear()
         self.clock.reset()
+
+
+def _counter(*shape: int, device: torch.device) -> Tensor:
+    """Counts that compiled programs add to; CUDA graphs are only made of those whose changed tensors stay in place."""
+    counts = torch.zeros(shape, dtype=torch.int64, device=device)
+    torch._dynamo.mark_static_address(counts)
+    return counts
 
 
 def state_of(module: torch.nn.Module) -> LayerState | None:
