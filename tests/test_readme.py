@@ -6,8 +6,14 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import sale_flex
+import sale_flex.integrations.transformers as sale_hf
+from sale_flex import Calibration, SaleConfig
+from sale_flex.calibration.evaluation import Evaluation, Text
+from sale_flex.calibration.goal import Goal
+from sale_flex.demo.model import PACKAGED
 from sale_flex.testing import Shape, structured_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,7 +21,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_code_runs_and_its_two_ways_agree():
-    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = code.replace('"cuda"', '"cpu"').replace("16384", "2048").replace(" 32,", " 4,").replace(" 8,", " 2,")
     names: dict = {}
     code = code.replace("mask =", "first = out\nmask =").replace("out, stats =", "_, stats =")
@@ -28,7 +34,7 @@ def test_the_code_runs_and_its_two_ways_agree():
 
 
 def test_the_calls_with_mods_run():
-    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = code.replace('"cuda"', '"cpu"').replace("alibi(32", "alibi(4").replace("(256, 512)", "(16, 32)")
     q, k, v = structured_inputs(Shape(512, 512, heads=4, kv_heads=2, head_dim=32), 0)
     names = {
@@ -44,6 +50,31 @@ def test_the_calls_with_mods_run():
     exec(code, names)
     assert names["out"].shape == q.shape
     assert names["mask"].shape == (1, 4, 512, 512)
+
+
+def test_a_model_generates_as_shown(tmp_path):
+    _, _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    sale_hf.register()
+    model = AutoModelForCausalLM.from_pretrained(PACKAGED, attn_implementation="sale_flex")
+    layers = sale_hf.attention_layers(model)
+    nothing = torch.zeros(len(layers), 4)
+    on = Evaluation(nothing, nothing + 1, (Text("0" * 64, (1, 8), 7, 1.0, 1.0),))
+    Calibration(SaleConfig(), nothing + 0.01, tuple(layers), Goal(0.05), on, "the demo's").save_pretrained(tmp_path)
+    # A compiled model is the matter of test_models_inductor.py.
+    code = code.replace(".cuda()", "").replace("model.compile(fullgraph=True)", "").replace("bfloat16", "float32")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(PACKAGED / "tokenizer.json"), pad_token="<s>")
+    tokenizer.padding_side = "left"
+    names = {
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "path": PACKAGED,
+        "sale_flex": sale_flex,
+        "texts": ["import os\n" * 20, "import sys\n"],
+        "tokenizer": tokenizer,
+        "torch": torch,
+    }
+    exec(code.replace("calibration/", str(tmp_path)).replace("max_new_tokens=64", "max_new_tokens=3"), names)
+    assert names["out"].shape[0] == 2
+    assert [one.decode_calls for one in sale_hf.stats(names["model"]).layers] == [2] * len(layers)
 
 
 def test_ci_runs_the_test_command_it_promises():

@@ -61,7 +61,8 @@ class LayerState:
 def _counter(*shape: int, device: torch.device) -> Tensor:
     """Counts that compiled programs add to; CUDA graphs are only made of those whose changed tensors stay in place."""
     counts = torch.zeros(shape, dtype=torch.int64, device=device)
-    torch._dynamo.mark_static_address(counts)
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(counts)
     return counts
 
 
