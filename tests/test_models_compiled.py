@@ -87,3 +87,22 @@ def test_a_prompt_with_a_cache(family, kind):
     expected = prefill(shared(family), tokens(), cache=make_cache(kind, shared(family)))
     assert_close(prefill(compiled, tokens(), cache=make_cache(kind, model)), expected)
     assert_calls(model, family, sparse=1)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_a_model_compiled_in_place_generates_over_many_lengths_with_four_programs(name):
+    """A prompt, a step, and each once more when their lengths turn out to change; so with transformers' sdpa too."""
+    family, counter = BY_NAME[name], CompileCounterWithBackend("aot_eager")
+    dense, model = shared(family), build(family, sale_hf.NAME)
+    model.compile(fullgraph=True, backend=counter)
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    lengths = (160, 170, 181, 203)
+    for length in lengths:
+        ids = tokens(length=length)
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            expected, result = (each.generate(ids, attention_mask=mask, **options) for each in (dense, model))
+        assert torch.equal(result.sequences, expected.sequences)
+        assert_close(torch.stack(result.logits, 1), torch.stack(expected.logits, 1))
+    assert counter.frame_count == 4
+    assert_calls(model, family, sparse=len(lengths), decode=3 * len(lengths))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the integration refuses, and what it takes as it comes: holes, mask tensors, models that nobody configured."""
 
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,3 +292,16 @@ def test_packed_rows_with_a_padding_mask_are_not_packed_for_transformers(llama):
         prefill(llama, tokens(), mask, position_ids=positions),
         prefill(shared(LLAMA), tokens(), mask, position_ids=positions),
     )
+
+
+def test_an_older_transformers_is_named(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.16.1")
+    with pytest.raises(ImportError, match=r"needs transformers 5\.17 or later, got 5\.16\.1"):
+        sale_hf.register()
+
+
+def test_without_transformers_the_import_says_what_to_install():
+    code = "import sys; sys.modules['transformers'] = None; import sale_flex.integrations.transformers"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'sale-flex[hf]'" in done.stderr

@@ -12,7 +12,14 @@ Example:
     >>> print(sale_hf.stats(model))
 """
 
-from transformers import AttentionInterface, AttentionMaskInterface
+try:
+    import transformers
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ModuleNotFoundError(
+        "sale_flex.integrations.transformers needs transformers 5.17 or later: pip install 'sale-flex[hf]'.",
+        name="transformers",
+    ) from error
 
 from sale_flex.integrations.transformers.calls import AttentionCall, observe
 from sale_flex.integrations.transformers.configure import configure
@@ -23,6 +30,9 @@ from sale_flex.integrations.transformers.stats import LayerStats, ModelStats, re
 
 NAME = "sale_flex"
 """The value of ``attn_implementation``."""
+
+OLDEST = (5, 17)
+"""Version of transformers from which on its masks and attention functions are called as here."""
 
 __all__ = [
     "NAME",
@@ -43,6 +53,15 @@ __all__ = [
 
 
 def register() -> None:
-    """Make ``attn_implementation="sale_flex"`` known to transformers in this process, before a model is loaded."""
+    """Make ``attn_implementation="sale_flex"`` known to transformers in this process, before a model is loaded.
+
+    Raises:
+        ImportError: transformers is older than 5.17.
+    """
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+        raise ImportError(
+            f"attn_implementation={NAME!r} needs transformers {OLDEST[0]}.{OLDEST[1]} or later, got "
+            f"{transformers.__version__}: pip install --upgrade 'sale-flex[hf]'."
+        )
     AttentionInterface.register(NAME, sale_flex_forward)
     AttentionMaskInterface.register(NAME, sale_flex_mask)
