@@ -61,7 +61,7 @@ def test_limits_of_masses_are_the_decisions(seed, octaves):
     candidate, flagged = torch.ones(30, 1, 20, dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
     found = _scores_of(_steps_reached(_eighths(sums), _mass_limits(sums, finite))).amax(2)
     for step in STEPS:
-        hit, _ = mass._decide(sums, finite, candidate, flagged, torch.full((1, 1, 1), step), 20)
+        hit, _ = mass.decide(sums, finite, candidate, flagged, torch.full((1, 1, 1), step), 20)
         assert torch.equal(found >= step, hit)
 
 

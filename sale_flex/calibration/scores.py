@@ -61,12 +61,12 @@ def _mass_scores(
     flags = unpack_bits(nonfinite, grid.key_blocks)
     widest = max(grid.key_blocks * subs, min(config.sink_tokens + block_k, grid.kv_len))
     widest += config.local_tokens + block_q + block_k
-    blocks = max(1, _at_once(mass._TILE_ELEMENTS, query) // (group * block_q // pool * widest))
+    blocks = max(1, _at_once(mass.TILE_ELEMENTS, query) // (group * block_q // pool * widest))
     at = torch.arange(grid.key_blocks, device=query.device)
     for b, row in enumerate(bounds.tolist()):
         for block in range(0, grid.query_blocks, blocks):
             here = slice(block, min(block + blocks, grid.query_blocks))
-            tile = mass._tile(here, row, grid, pool, config.sink_tokens, config.local_tokens, query.device)
+            tile = mass.tile_of(here, row, grid, pool, config.sink_tokens, config.local_tokens, query.device)
             if tile is None:
                 continue
             columns = slice(tile.first, max(int(tile.stop.max()), tile.first))
@@ -81,13 +81,13 @@ def _mass_scores(
                 exact = exact_part(
                     pooled, tile.position, key[b, head], mean[b, head], row[1], tile.sink_stop, tile.local_start, scale
                 )
-                keys = mass._Keys(
+                keys = mass.Keys(
                     mean_codes[b, head, subs_at].float().unflatten(0, (-1, subs)),
                     mean_scale[b, head, columns],
                     var_codes[b, head, subs_at].float().unflatten(0, (-1, subs)) if sub_block > 1 else None,
                     var_scale[b, head, columns] if sub_block > 1 else None,
                 )
-                sums, finite = mass._block_sums(pooled, exact, keys, sub_block, scale, config.bits)
+                sums, finite = mass.block_sums(pooled, exact, keys, sub_block, scale, config.bits)
                 sums.masked_fill_(~allowed, 0.0)
                 reached = _steps_reached(_eighths(sums), _mass_limits(sums, finite))
                 reached.masked_fill_(~(allowed & (tile.position >= 0)[..., None]), 0)
@@ -130,7 +130,7 @@ def _relative_scores(
     block_q, block_k = config.block_size
     group = heads // kv_heads
     scores = _nothing(query, grid)
-    rows = max(1, _at_once(scan._TILE_ELEMENTS, query) // (grid.kv_len * group * block_q)) * block_q
+    rows = max(1, _at_once(scan.TILE_ELEMENTS, query) // (grid.kv_len * group * block_q)) * block_q
     for b, (offset, start, end) in enumerate(bounds.tolist()):
         position = offset + torch.arange(grid.q_len, device=query.device)
         for row in range(0, grid.q_len, rows):
@@ -159,8 +159,8 @@ def _row_sums(query: Tensor, key: Tensor, mean: Tensor, bounds: Tensor, config: 
     """``ln sum exp`` over every row's sink-local keys, in the tiles of `row_limits`, ``[B, Hq, Sq]``; 0 for padding."""
     sums = torch.zeros(query.shape[:3], device=query.device)
     sink_tokens, local_tokens = config.sink_tokens, config.local_tokens
-    width = row_limits._TILE + local_tokens - 1 + sink_tokens
-    rows = max(1, row_limits._LOGITS // (query.shape[1] * width * row_limits._TILE)) * row_limits._TILE
+    width = row_limits.TILE + local_tokens - 1 + sink_tokens
+    rows = max(1, row_limits.LOGITS // (query.shape[1] * width * row_limits.TILE)) * row_limits.TILE
     for b, (offset, start, end) in enumerate(bounds.tolist()):
         last = min(offset + query.shape[2], end)
         for first in range(max(offset, start), last, rows):
@@ -168,7 +168,7 @@ def _row_sums(query: Tensor, key: Tensor, mean: Tensor, bounds: Tensor, config: 
             here = slice(first - offset, stop - offset)
             keys = key[b, :, max(first - local_tokens + 1, 0) : stop].float() - mean[b, :, None]
             sink = key[b, :, start : min(start + sink_tokens, stop)].float() - mean[b, :, None]
-            sums[b, :, here] = row_limits._log_sum(
+            sums[b, :, here] = row_limits.log_sum(
                 query[b, :, here].float(), keys, sink, first, start, sink_tokens, local_tokens, scale
             )
     return sums

@@ -24,11 +24,11 @@ CENTER = 0.0430
 LEVELS = 128
 """Decisions are made in steps of an eighth of an octave, from one step below the threshold up."""
 
-_TILE_ELEMENTS = 2**22
+TILE_ELEMENTS = 2**22
 """Estimates held at once: 16 MiB in each of a few tensors."""
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Some query blocks of one batch row: N blocks of R pooled rows."""
 
     real: Tensor
@@ -45,7 +45,7 @@ class _Tile(NamedTuple):
     """int64 ``[N]``: first key behind them."""
 
 
-class _Keys(NamedTuple):
+class Keys(NamedTuple):
     """What the estimate knows of one KV head's key blocks; variances None for a scan of every key."""
 
     mean_codes: Tensor
@@ -87,11 +87,11 @@ def mass_hits(
     dropped = torch.zeros(batch, heads, grid.query_blocks, dtype=torch.int32, device=query.device)
     flags = unpack_bits(nonfinite, grid.key_blocks)
     widest = max(grid.key_blocks * subs, min(sink_tokens + block_k, kv_len)) + local_tokens + block_q + block_k
-    blocks = max(1, _TILE_ELEMENTS // (group * block_q // pool * widest))
+    blocks = max(1, TILE_ELEMENTS // (group * block_q // pool * widest))
     for b, row in enumerate(bounds.tolist()):
         for block in range(0, grid.query_blocks, blocks):
             here = slice(block, min(block + blocks, grid.query_blocks))
-            tile = _tile(here, row, grid, pool, sink_tokens, local_tokens, query.device)
+            tile = tile_of(here, row, grid, pool, sink_tokens, local_tokens, query.device)
             if tile is None:
                 continue
             columns = slice(tile.first, max(int(tile.stop.max()), tile.first))
@@ -107,14 +107,14 @@ def mass_hits(
                 exact = exact_part(
                     pooled, tile.position, key[b, head], mean[b, head], row[1], tile.sink_stop, tile.local_start, scale
                 )
-                keys = _Keys(
+                keys = Keys(
                     mean_codes[b, head, subs_at].float().unflatten(0, (-1, subs)),
                     mean_scale[b, head, columns],
                     var_codes[b, head, subs_at].float().unflatten(0, (-1, subs)) if sub_block > 1 else None,
                     var_scale[b, head, columns] if sub_block > 1 else None,
                 )
-                sums, finite = _block_sums(pooled, exact, keys, sub_block, scale, bits)
-                hit, lost = _decide(
+                sums, finite = block_sums(pooled, exact, keys, sub_block, scale, bits)
+                hit, lost = decide(
                     sums.masked_fill_(~allowed[:, None], 0.0),
                     finite,
                     allowed[:, None] & (tile.position >= 0)[..., None],
@@ -129,9 +129,9 @@ def mass_hits(
     return hits, dropped
 
 
-def _tile(
+def tile_of(
     blocks: slice, bounds: list[int], grid: Grid, pool: int, sink_tokens: int, local_tokens: int, device: torch.device
-) -> _Tile | None:
+) -> Tile | None:
     """Where the rows of some query blocks stand; None if all are padding."""
     offset, start, end = bounds
     at = torch.arange(blocks.start * grid.block_q, blocks.stop * grid.block_q, device=device) + offset
@@ -142,7 +142,7 @@ def _tile(
     low = at[:: grid.block_q].clamp_min(start)
     stop = (low - local_tokens + 1).clamp_min(0) // grid.block_k
     stop = torch.where(real.view(-1, grid.block_q).any(-1), stop, 0)
-    return _Tile(
+    return Tile(
         real=real,
         position=torch.where(real, at, -1).view(len(stop), -1, pool).amax(-1),
         first=first,
@@ -152,8 +152,8 @@ def _tile(
     )
 
 
-def _block_sums(
-    pooled: Tensor, exact: Tensor, keys: _Keys, sub_block: int, scale: float, bits: int
+def block_sums(
+    pooled: Tensor, exact: Tensor, keys: Keys, sub_block: int, scale: float, bits: int
 ) -> tuple[Tensor, Tensor]:
     """What rows see in blocks, in units of their exact part: float32 ``[G, N, R, J]``, and which rows are finite.
 
@@ -204,7 +204,7 @@ def _terms(codes: Tensor, of_keys: Tensor, row_factor: Tensor, key_scale: Tensor
     return product.unflatten(-1, (-1, of_keys.shape[1])) * factor[..., None]
 
 
-def _decide(
+def decide(
     sums: Tensor, finite: Tensor, candidate: Tensor, flagged: Tensor, threshold: Tensor, budget: int
 ) -> tuple[Tensor, Tensor]:
     """Hits, bool ``[G, N, J]``, and how many more passed the threshold than the budget takes, int32 ``[G, N]``.

@@ -10,7 +10,7 @@ from torch import Tensor
 from sale_flex.bits import pack_bits
 from sale_flex.geometry import Grid
 
-_TILE_ELEMENTS = 2**24
+TILE_ELEMENTS = 2**24
 """Products held at once, per KV head: 64 MiB."""
 
 
@@ -39,7 +39,7 @@ def scan_max(
         for kv_head in range(kv_heads):
             keys = key_codes[b, kv_head].float().T
             shared = slice(kv_head * (heads // kv_heads), (kv_head + 1) * (heads // kv_heads))
-            rows = max(1, _TILE_ELEMENTS // (kv_len * (heads // kv_heads) * block_q)) * block_q
+            rows = max(1, TILE_ELEMENTS // (kv_len * (heads // kv_heads) * block_q)) * block_q
             for row in range(0, q_len, rows):
                 last = min(row + rows, q_len) - 1
                 last_block = max(offset + last - last % block_q, start)
