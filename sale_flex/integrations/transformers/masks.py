@@ -24,6 +24,7 @@ from sale_flex import mods
 from sale_flex.integrations.transformers.chunks import chunked
 from sale_flex.integrations.transformers.padding import Padding, padding_of, values_are_readable
 from sale_flex.mods import MaskMod
+from sale_flex.mods.held import held
 
 DENSE_QUERIES = 32
 """Calls of fewer queries are decoding steps: dense, under an explicit mask. Half a block of `SaleConfig`'s default."""
@@ -48,7 +49,7 @@ class Looks(NamedTuple):
     kv_offset: int | Tensor
     """Position in the sequence of the first key handed in."""
     padding: Padding | None
-    """Of the sequence, if any."""
+    """Of the sequence, if any and if the call is causal; otherwise it is among `custom`."""
 
 
 class ModelMask(BlockMask):
@@ -119,7 +120,8 @@ def sale_flex_mask(
 
     Returns:
         None for plain causal attention of a whole prompt, and for attention that sees everything; the explicit mask of
-        a decoding step, bool ``[B, 1, Sq, Skv]``; for everything else a `ModelMask`.
+        a decoding step, bool ``[B, 1, Sq, Skv]``, or of cross-attention, ``[B, 1, 1, Skv]``; for everything else a
+        `ModelMask`.
     """
     if q_length < DENSE_QUERIES:
         mask: Tensor | None = sdpa_mask(
@@ -138,6 +140,9 @@ def sale_flex_mask(
         )
         return mask
     device = torch.device(device)
+    first = not isinstance(q_offset, Tensor) and q_offset == 0 and kv_offset == 0
+    if mask_function is bidirectional_mask_function and q_length != kv_length and first:
+        return _cross_mask(batch_size, kv_length, attention_mask, allow_is_bidirectional_skip, device)
     if isinstance(q_offset, Tensor) and values_are_readable(device):
         q_offset = int(q_offset)  # once per forward pass, as transformers' own masks do
     looks = Looks(False, None, None, (), q_length, kv_length, q_offset - kv_offset, kv_offset, None)
@@ -153,6 +158,19 @@ def sale_flex_mask(
     if _is_plain(looks) and (allow_is_causal_skip if looks.causal else allow_is_bidirectional_skip):
         return None
     return ModelMask(looks, device)
+
+
+def _cross_mask(
+    batch_size: int, kv_length: int, attention_mask: Tensor | None, may_be_none: bool, device: torch.device
+) -> Tensor | None:
+    """Cross-attention: queries have no place among the keys, so it is dense, under the valid keys of each batch row.
+
+    Returns:
+        bool ``[B, 1, 1, Skv]``, or None.
+    """
+    if attention_mask is not None:
+        return prepare_padding_mask(attention_mask, kv_length, 0)[:, None, None, :kv_length]
+    return None if may_be_none else torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool, device=device)
 
 
 def _local_or_custom(
@@ -171,9 +189,15 @@ def _padded(looks: Looks, attention_mask: Tensor) -> Looks:
     everything = prepare_padding_mask(attention_mask, looks.keys, looks.kv_offset)
     if not isinstance(looks.kv_offset, Tensor):
         everything = everything[:, : looks.kv_offset + looks.keys]
-    padding = padding_of(everything)
-    if padding is not None and padding.holes:
-        return looks._replace(custom=(*looks.custom, padding_mask_function(everything)))
+    padding, custom = None, True
+    if looks.causal:
+        padding = padding_of(everything)
+        custom = padding is not None and padding.holes
+    elif values_are_readable(everything.device):
+        custom = not bool(everything.all())
+    if custom:
+        # Without causality the queries may be those of another sequence: only keys are known to be padding.
+        return looks._replace(custom=(*looks.custom, padding_mask_function(held(everything))))
     return looks._replace(padding=padding)
 
 
