@@ -46,6 +46,14 @@ class Clock:
         """Begin at 0 again."""
         self.__init__()  # type: ignore[misc]
 
+    def __getstate__(self) -> dict[str, dict[str, float]]:
+        """The sums: events can not be copied, and the models that hold clocks can."""
+        return {"sums": self.read()}
+
+    def __setstate__(self, state: dict[str, dict[str, float]]) -> None:
+        self.reset()
+        self._sums = dict(state["sums"])
+
     def _fold(self) -> None:
         """Add up the laps that are over."""
         left = []
