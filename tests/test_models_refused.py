@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the integration refuses, and what it takes as it comes: holes, mask tensors, models that nobody configured."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -272,6 +273,8 @@ def test_the_default_config_keeps_short_prompts_dense(llama):
 
 
 def test_stats_print_as_a_table_and_go_to_json(llama):
+    before = json.loads(json.dumps(sale_hf.stats(llama).as_dict(), allow_nan=False))
+    assert [layer["density"] for layer in before["layers"]] == [[None] * 4] * LAYERS
     prefill(llama, tokens(length=LENGTH))
     counted = sale_hf.stats(llama)
     assert len(str(counted).splitlines()) == 1 + LAYERS

@@ -46,8 +46,12 @@ class ModelStats:
         return sum(values) / len(values)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON, which has no NaN: a density that is not known is None."""
+        layers = [
+            asdict(layer) | {"density": [None if value != value else value for value in layer.density]}
+            for layer in self.layers
+        ]
+        return {"layers": layers}
 
     def __str__(self) -> str:
         counts = f"{'layer':>5}  {'sparse':>6}  {'dense':>5}  {'decode':>6}  {'density':>7}"
