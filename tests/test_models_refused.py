@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch.nn.attention.flex_attention import create_block_mask
+from transformers import masking_utils
 
 import sale_flex.integrations.transformers as sale_hf
 from sale_flex import SaleConfig
@@ -308,3 +309,22 @@ def test_without_transformers_the_import_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert "pip install 'sale-flex[hf]'" in done.stderr
+
+
+class TestModelMasksOnOtherDevices:
+    def mask_of(self, **options):
+        padding = torch.arange(96) >= torch.tensor([[40], [0]])
+        return sale_hf.sale_flex_mask(batch_size=2, q_length=96, kv_length=96, attention_mask=padding, **options)
+
+    def test_positions_move(self):
+        mask = self.mask_of(mask_function=masking_utils.causal_mask_function)
+        assert mask.to("cpu") is mask
+        moved = mask.to("meta")
+        assert moved.looks._replace(padding=None) == mask.looks._replace(padding=None)
+        assert moved.looks.padding.valid.device.type == moved.options["kv_range"].device.type == "meta"
+
+    def test_functions_do_not(self):
+        packed = masking_utils.packed_sequence_mask_function(torch.zeros(2, 96, dtype=torch.int64))
+        mask = self.mask_of(mask_function=packed, allow_is_causal_skip=False)
+        with pytest.raises(NotImplementedError, match="from cpu to meta; keep such a model on one device"):
+            mask.to("meta")

@@ -77,10 +77,21 @@ class ModelMask(BlockMask):
         return self
 
     def to(self, device: torch.device | str) -> "ModelMask":
-        """The same for another device, for models whose layers are on several."""
-        looks = self.looks
+        """The same for another device, for models whose layers are on several.
+
+        Raises:
+            NotImplementedError: The mask is of functions of transformers', whose tensors can not be reached.
+        """
+        device = torch.empty(0, device=device).device
+        looks, padding = self.looks, self.looks.padding
+        if device == self.kv_indices.device:
+            return self
+        if looks.custom:
+            raise NotImplementedError(
+                "attn_implementation='sale_flex' can not move packed or composed masks between devices, from "
+                f"{self.kv_indices.device} to {device}; keep such a model on one device."
+            )
         q_offset, kv_offset = (x.to(device) if isinstance(x, Tensor) else x for x in (looks.q_offset, looks.kv_offset))
-        padding = looks.padding
         if padding is not None:
             padding = padding._replace(valid=padding.valid.to(device))
         return ModelMask(looks._replace(q_offset=q_offset, kv_offset=kv_offset, padding=padding), device)
