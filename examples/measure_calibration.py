@@ -64,7 +64,7 @@ def report(name: str, row: dict[str, Any], dense: dict[str, Any]) -> None:
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--min-length", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the figures, after each")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.set_verbosity_error()
     sale_hf.register()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

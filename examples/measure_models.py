@@ -89,9 +89,8 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, d
 class Switched:
     """A model that runs as several implementations, one at a time."""
 
-    def __init__(self, model: Any, config: Any) -> None:
-        self.model, self.config = model, config
-        self.forward = model.forward
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.compiled: Any = None
 
     def use(self, name: str) -> Any:
@@ -115,9 +114,8 @@ def measure_generate(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="sale_flex", dtype=dtype).to(device)
-    config: Any = SaleConfig(threshold=args.threshold, min_length=args.min_length)
-    sale_hf.configure(model.eval(), config)
-    switched = Switched(model, config)
+    sale_hf.configure(model.eval(), SaleConfig(threshold=args.threshold, min_length=args.min_length))
+    switched = Switched(model)
     files, bos = text_files([Path(args.text)]), model.config.bos_token_id
     made = make_sample(tokenizer, bos, files, args.length, "end", args.notes, args.recalls, random.Random(args.seed))
     tokens = made.tokens.to(device)
@@ -169,7 +167,7 @@ def measure_prefill(args: argparse.Namespace) -> dict[str, Any]:
         model = LlamaForCausalLM._from_config(config, attn_implementation="sale_flex").eval()
     torch.set_default_dtype(before)
     ids = torch.randint(config.vocab_size, (1, args.length), device=device)
-    switched = Switched(model, None)
+    switched = Switched(model)
 
     def first_token(name: str) -> Callable[[], Any]:
         return lambda: switched.use(name).generate(
@@ -200,7 +198,7 @@ def measure_prefill(args: argparse.Namespace) -> dict[str, Any]:
     return times | {"stages": {"mask_ms": mask, "attention_ms": attention, "threshold": threshold}}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Print the measurements."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -227,7 +225,7 @@ def main() -> int:
     for command in (generate, prefill):
         command.add_argument("--rounds", type=int, default=3)
         command.add_argument("--json", type=Path, help="where to write the figures, and what they were measured with")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.set_verbosity_error()
     sale_hf.register()
     rows = (measure_generate if args.command == "generate" else measure_prefill)(args)
