@@ -299,7 +299,8 @@ def test_packed_rows_with_a_padding_mask_are_not_packed_for_transformers(llama):
 
 
 def test_an_older_transformers_is_named(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.16.1")
+    # What the integration sees: a process may hold transformers twice.
+    monkeypatch.setattr(sale_hf.transformers, "__version__", "5.16.1")
     with pytest.raises(ImportError, match=r"needs transformers 5\.17 or later, got 5\.16\.1"):
         sale_hf.register()
 
