@@ -92,6 +92,12 @@ def test_calibrate_refuses(text, tmp_path, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_is_nowhere(text, tmp_path, capsys):
+    arguments = ["--texts", str(text), "--lengths", "64", "--out", str(tmp_path / "out")]
+    assert main(["calibrate", str(tmp_path / "no-such-model"), *arguments]) == 2
+    assert "no-such-model is no folder" in capsys.readouterr().err
+
+
 def test_a_text_that_is_too_short(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("Hello.")
     assert calibrate(tmp_path, tmp_path / "out", "--texts", str(tmp_path / "short.txt")) == 2

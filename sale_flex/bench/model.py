@@ -23,6 +23,8 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTraine
     Raises:
         OSError: There is none.
     """
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"model must be a folder or owner/name on the hub, and {name} is no folder")
     tokenizer = AutoTokenizer.from_pretrained(name)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     nn.Module.to(model, device)  # transformers' own `to` is annotated as taking a model
