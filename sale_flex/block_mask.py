@@ -13,7 +13,7 @@ from sale_flex import ops, programmed
 from sale_flex.break_even import early_rows
 from sale_flex.config import SaleConfig
 from sale_flex.geometry import Grid
-from sale_flex.index_lists import Widths, build_index_lists, list_widths, programmed_widths
+from sale_flex.index_lists import IndexLists, Widths, build_index_lists, list_widths, programmed_widths
 from sale_flex.key_codes import KeyCodes, Reuse, reuse_of
 from sale_flex.mask_mods import kept_block, visible
 from sale_flex.mods import MaskMod, ScoreMod
@@ -242,17 +242,36 @@ def build_block_mask(
         mask_mod = programmed.mask_mod_of(mods, seen.sight, kept, config.block_size, every_key_is_valid)
         path = f"dense flex: {dense}" if dense else f"{device} {seen.describe(config)} + flex"
         counts = partial(programmed.count, lists, structure, dropped, overflow, path)
-    block_mask = BlockMask.from_kv_blocks(
+    block_mask = from_lists(lists, config.block_size, mask_mod, (q_len, kv_len), backward)
+    return Built(block_mask, counts, lists.kept)
+
+
+def from_lists(
+    lists: IndexLists,
+    block_size: tuple[int, int],
+    mask_mod: MaskMod,
+    lengths: tuple[int, int],
+    backward: bool = False,
+) -> BlockMask:
+    """The BlockMask of index lists.
+
+    Args:
+        lists: Of kept blocks.
+        block_size: (query rows, keys) of a block.
+        mask_mod: What partial blocks show.
+        lengths: Queries and keys.
+        backward: Whether it is for a backward pass too.
+    """
+    return BlockMask.from_kv_blocks(
         lists.partial_num,
         lists.partial_idx,
         lists.full_num,
         lists.full_idx,
-        BLOCK_SIZE=config.block_size,
+        BLOCK_SIZE=block_size,
         mask_mod=mask_mod,
-        seq_lengths=(q_len, kv_len),
+        seq_lengths=lengths,
         compute_q_blocks=backward,
     )
-    return Built(block_mask, counts, lists.kept)
 
 
 def _estimate_plain(

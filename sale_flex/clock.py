@@ -14,10 +14,12 @@ _FOLD_AT = 256
 class Clock:
     """Adds up the time of laps by name, in milliseconds: of the device on CUDA, elsewhere of the host."""
 
+    _sums: dict[str, float]
+    _laps: list[tuple[str, torch.cuda.Event, torch.cuda.Event]]
+    _last: torch.cuda.Event | float | None
+
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._laps: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._last: torch.cuda.Event | float | None = None
+        self.reset()
 
     def mark(self, name: str | None, device: torch.device) -> None:
         """End the lap `name`, if not None, and begin another."""
@@ -44,7 +46,7 @@ class Clock:
 
     def reset(self) -> None:
         """Begin at 0 again."""
-        self.__init__()  # type: ignore[misc]
+        self._sums, self._laps, self._last = {}, [], None
 
     def __getstate__(self) -> dict[str, dict[str, float]]:
         """The sums: events can not be copied, and the models that hold clocks can."""

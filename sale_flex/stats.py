@@ -8,6 +8,9 @@ from torch import Tensor
 
 from sale_flex.geometry import Grid, visible_count
 
+_ON_OTHERS = " on the others"
+"""How the path ends of a call that was dense on its first rows alone."""
+
 
 class SaleStats(NamedTuple):
     """Counts of one call, fixed in shape and left on the device: reading them is what waits for the device."""
@@ -29,6 +32,11 @@ class SaleStats(NamedTuple):
         visible = self.visible_blocks
         return torch.where(visible > 0, self.kept_blocks / visible.clamp_min(1), 1.0)
 
+    @property
+    def ran_dense(self) -> bool:
+        """Whether no row was sparse."""
+        return self.path.startswith("dense") and not self.path.endswith(_ON_OTHERS)
+
 
 def mask_stats(
     partial_num: Tensor, full_num: Tensor, dropped: Tensor | None, bounds: Tensor, grid: Grid, path: str
@@ -49,5 +57,5 @@ def with_dense_rows(stats: SaleStats, bounds: Tensor, early: Grid) -> SaleStats:
     """Add the blocks of the grid's rows, which the mask left out and dense attention computes."""
     return stats._replace(
         kept_blocks=stats.kept_blocks + visible_count(bounds, early)[:, None],
-        path=f"dense sdpa on the first {early.q_len} rows, {stats.path} on the others",
+        path=f"dense sdpa on the first {early.q_len} rows, {stats.path}{_ON_OTHERS}",
     )

@@ -93,6 +93,7 @@ ARROWS: dict[str, set[str]] = {
     "info": {"cli", "config", "flex"},
     "integrations": {
         "attention",
+        "block_mask",
         "clock",
         "config",
         "key_codes",

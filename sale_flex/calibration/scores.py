@@ -124,7 +124,10 @@ def _relative_scores(
     """`scan.scan_max` and `row_limits.row_limits` at all thresholds."""
     mean, key_codes, key_scale = codes
     query_codes, query_scale = ops.quantize_rows(query, config.bits)
-    sums = _row_sums(query, key, mean, bounds, config, scale)
+    sums = torch.zeros(query.shape[:3], device=query.device)
+    tiles = row_limits.row_sums(query, key, mean, bounds, scale, config.sink_tokens, config.local_tokens)
+    for b, here, of_rows in tiles:
+        sums[b, :, here] = of_rows
     heads, kv_heads = query.shape[1], key.shape[1]
     grid = Grid(query.shape[2], key.shape[2], *config.block_size)
     block_q, block_k = config.block_size
@@ -153,25 +156,6 @@ def _relative_scores(
                 found = _scores_of(reached.unflatten(1, (-1, block_q)).amax(2))
                 scores[b, shared, row // block_q : row // block_q + found.shape[1], :stop] = found
     return scores
-
-
-def _row_sums(query: Tensor, key: Tensor, mean: Tensor, bounds: Tensor, config: SaleConfig, scale: float) -> Tensor:
-    """``ln sum exp`` over every row's sink-local keys, in the tiles of `row_limits`, ``[B, Hq, Sq]``; 0 for padding."""
-    sums = torch.zeros(query.shape[:3], device=query.device)
-    sink_tokens, local_tokens = config.sink_tokens, config.local_tokens
-    width = row_limits.TILE + local_tokens - 1 + sink_tokens
-    rows = max(1, row_limits.LOGITS // (query.shape[1] * width * row_limits.TILE)) * row_limits.TILE
-    for b, (offset, start, end) in enumerate(bounds.tolist()):
-        last = min(offset + query.shape[2], end)
-        for first in range(max(offset, start), last, rows):
-            stop = min(first + rows, last)
-            here = slice(first - offset, stop - offset)
-            keys = key[b, :, max(first - local_tokens + 1, 0) : stop].float() - mean[b, :, None]
-            sink = key[b, :, start : min(start + sink_tokens, stop)].float() - mean[b, :, None]
-            sums[b, :, here] = row_limits.log_sum(
-                query[b, :, here].float(), keys, sink, first, start, sink_tokens, local_tokens, scale
-            )
-    return sums
 
 
 def _relative_limits(sums: Tensor, query_scale: Tensor, scale: float) -> Tensor:

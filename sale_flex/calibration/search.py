@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from sale_flex import ops
 from sale_flex.attention import sale_attention
 from sale_flex.bits import pack_bits
-from sale_flex.block_mask import EVERY_ROW, make_bounds
+from sale_flex.block_mask import EVERY_ROW, from_lists, make_bounds
 from sale_flex.break_even import early_rows
 from sale_flex.calibration.goal import Goal
 from sale_flex.calibration.scores import block_scores
@@ -124,16 +123,7 @@ class Call:
             lists = build_index_lists(
                 hits, nonfinite, bounds, query, key, config, min_length, widths, want_kept=False, leave_early=False
             )
-            mask = BlockMask.from_kv_blocks(
-                lists.partial_num,
-                lists.partial_idx,
-                lists.full_num,
-                lists.full_idx,
-                BLOCK_SIZE=config.block_size,
-                mask_mod=mask_mod,
-                seq_lengths=(query.shape[2], key.shape[2]),
-                compute_q_blocks=False,
-            )
+            mask = from_lists(lists, config.block_size, mask_mod, (query.shape[2], key.shape[2]))
             return run_flex(query, key, value, mask, scale, self._options.get("kernel_options"))[0]
 
         return attend

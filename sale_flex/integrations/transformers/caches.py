@@ -56,8 +56,7 @@ def codes_of(cache: Any, layer: int, looks: Looks | None) -> KeyCodes | None:
         stores.pop(layer, None)
         return None
     store = stores.setdefault(layer, KeyCodes(first_valid))
-    if store.first_valid != first_valid:
-        store.first_valid = first_valid
+    store.first_valid = first_valid
     return store
 
 

@@ -8,13 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from sale_flex.block_mask import EVERY_ROW
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.caches import hand_over_cache
 from sale_flex.integrations.transformers.layers import LayerState, attention_layers, query_heads, set_state, state_of
 from sale_flex.integrations.transformers.parallel import local_heads
-
-EVERYTHING_DENSE = 2**30
-"""A `min_length` above every length."""
 
 
 @runtime_checkable
@@ -76,7 +74,7 @@ def _per_layer(config: Any, heads: Mapping[int, int]) -> dict[int, SaleConfig]:
     for index, one in config.items():
         if one is not None and not isinstance(one, SaleConfig):
             raise TypeError(f"config[{index}] must be a SaleConfig or None, got {type(one).__name__}.")
-    dense = SaleConfig(min_length=EVERYTHING_DENSE)
+    dense = SaleConfig(min_length=EVERY_ROW)
     return {index: dense if one is None else one for index, one in config.items()}
 
 
@@ -91,5 +89,5 @@ def _local(config: SaleConfig, heads: int, mine: slice, device: torch.device) ->
             f"{list(threshold.shape)}."
         )
     if not threshold.any():
-        return replace(config, threshold=0.0, min_length=EVERYTHING_DENSE)
+        return replace(config, threshold=0.0, min_length=EVERY_ROW)
     return replace(config, threshold=threshold[mine].to(device))

@@ -111,9 +111,9 @@ def _attend(state: LayerState | None, call: AttentionCall, codes: KeyCodes | Non
         with running(state.clock):
             result = sale_attention(*inputs, stats=True, key_codes=codes, **call.options)
     assert isinstance(result, SaleResult)
-    kept, visible, path, dropped = result.stats
-    _count(state, DENSE if path.startswith("dense") and " on the others" not in path else SPARSE, path)
-    for place, counts in enumerate((kept, visible, dropped)):
+    stats = result.stats
+    _count(state, DENSE if stats.ran_dense else SPARSE, stats.path)
+    for place, counts in enumerate((stats.kept_blocks, stats.visible_blocks, stats.dropped_blocks)):
         state.blocks[place].add_(counts.sum(0))
     return result.output
 

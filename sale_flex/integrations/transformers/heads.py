@@ -25,4 +25,8 @@ def pad_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
             f"attn_implementation='sale_flex' takes heads of at most {HEAD_DIMS[-1]} channels, got {width}; use "
             "attn_implementation='sdpa' for this model."
         )
-    return tuple(x if x.shape[3] == size else pad(x, (0, size - x.shape[3])) for x in (query, key, value))  # type: ignore[return-value]
+
+    def padded(x: Tensor) -> Tensor:
+        return x if x.shape[3] == size else pad(x, (0, size - x.shape[3]))
+
+    return padded(query), padded(key), padded(value)
