@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import torch
+from models_structure import passages
 from transformers import AutoModelForCausalLM
 
 import sale_flex.integrations.transformers as sale_hf
 from sale_flex import SaleConfig
 from sale_flex.integrations.transformers.layers import state_of
 
-LENGTH = 600
+LENGTH = 1280
 
 
 def main(folder: Path) -> None:
@@ -32,11 +33,11 @@ def main(folder: Path) -> None:
     heads = sale_hf.query_heads(layers[0])
     # Every head of every layer has a threshold of its own.
     configs = {
-        index: SaleConfig(threshold=0.08 + 0.03 * torch.arange(heads) + 0.01 * index, min_length=64, local_tokens=32)
+        index: SaleConfig(threshold=0.02 * 2 ** torch.arange(heads) + 0.01 * index, min_length=64, local_tokens=32)
         for index in layers
     }
     sale_hf.configure(model, configs)
-    ids = torch.randint(2, 64, (2, LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
+    ids = passages(2, LENGTH).to(device)
     with torch.no_grad():
         logits = model(ids).logits[:, -1].tolist()
         sale_hf.reset_stats(model)

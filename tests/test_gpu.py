@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """On a CUDA device: the kernels against the reference, and what only a device can show."""
 
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +21,10 @@ from sale_flex.testing import (
     causal_mask,
     expand_blocks,
     mass_error_bound,
-    random_inputs,
-    structured_inputs,
 )
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from gpu_harness import assert_selective, on_gpu, selective_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -51,7 +54,7 @@ def variant(request):
         block_size=block_size,
         bits=bits,
     )
-    return shape, config, structured_inputs(shape, 1)
+    return shape, config, selective_inputs(shape, 1)
 
 
 MASS = {
@@ -61,10 +64,6 @@ MASS = {
     "scan": {"estimator": "scan"},
     "scan, every 8th row": {"estimator": "scan", "query_stride": 8},
 }
-
-
-def on_gpu(inputs: Inputs) -> Inputs:
-    return Inputs(*(x.cuda() for x in inputs))
 
 
 def seen_of(shape: Shape, mask) -> torch.Tensor:
@@ -115,7 +114,9 @@ def test_blocks_of_the_mass_rule_are_the_references(variant, estimate, record_pr
     config = replace(config, metric="mass", threshold=0.05, **estimate)
     expected = reference.keep_map(inputs.query, inputs.key, config, dtype=torch.float64, **shape.positions())
     query, key, _ = on_gpu(inputs)
-    kept = block_map(create_sale_block_mask(query, key, config, **shape.positions("cuda"))).kept.cpu()
+    mask, stats = create_sale_block_mask(query, key, config, stats=True, **shape.positions("cuda"))
+    assert_selective(stats.density)
+    kept = block_map(mask).kept.cpu()
     differing = assert_same_blocks(kept, expected, mass_error_bound(inputs.query, inputs.key))
     record_property("blocks on the threshold that differ", differing)
     assert differing <= 3
@@ -126,12 +127,13 @@ def test_blocks_are_the_references(variant, one_shot, record_property):
     shape, config, inputs = variant
     if one_shot:  # the kernel's own way for keys that are valid from the first on
         shape = replace(shape, q_len=1000, kv_range=None)
-        inputs = structured_inputs(shape, 2)
+        inputs = selective_inputs(shape, 2)
     value = inputs.value.clone()
     value[0, 1, 300] = torch.inf
     expected = reference.keep_map(inputs.query, inputs.key, config, value, dtype=torch.float64, **shape.positions())
     query, key, _ = on_gpu(inputs)
-    mask = create_sale_block_mask(query, key, config, value=value.cuda(), **shape.positions("cuda"))
+    mask, stats = create_sale_block_mask(query, key, config, value=value.cuda(), stats=True, **shape.positions("cuda"))
+    assert_selective(stats.density)
     blocks = block_map(mask)
     differing = assert_same_blocks(blocks.kept.cpu(), expected)
     record_property("blocks on the threshold that differ", differing)
@@ -144,6 +146,7 @@ def test_output_is_attention_over_the_kept_blocks(variant):
     device = on_gpu(inputs)
     where = shape.positions("cuda")
     mask, stats = create_sale_block_mask(device.query, device.key, config, stats=True, **where)
+    assert_selective(stats.density)
     seen = seen_of(shape, mask)
     output, same = sale_attention(*device, config, stats=True, **where)
     assert same.path == stats.path == "triton scan + flex"
@@ -160,11 +163,11 @@ CONFIG = SaleConfig(metric="relative", threshold=0.1, min_length=0, local_tokens
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 def test_uncompiled_flex_attention_gives_the_sparse_answer_too():
-    inputs = structured_inputs(FIRST, 1)
+    inputs = selective_inputs(FIRST, 1)
     device = on_gpu(inputs)
-    mask = create_sale_block_mask(device.query, device.key, CONFIG, **FIRST.positions("cuda"))
+    mask, stats = create_sale_block_mask(device.query, device.key, CONFIG, stats=True, **FIRST.positions("cuda"))
+    assert_selective(stats.density)
     seen = seen_of(FIRST, mask)
-    assert not torch.equal(seen, causal_mask(FIRST).expand_as(seen))
     eager = flex_attention(*device, block_mask=mask, enable_gqa=True)
     assert_attention_close(eager.cpu(), *inputs, seen)
 
@@ -172,7 +175,7 @@ def test_uncompiled_flex_attention_gives_the_sparse_answer_too():
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("special", [torch.nan, torch.inf])
 def test_nonfinite_numbers_show_where_dense_attention_shows_them(where, special):
-    inputs = structured_inputs(FIRST, 3)
+    inputs = selective_inputs(FIRST, 3)
     getattr(inputs, where)[0, 1, 400, 7] = special
     device = on_gpu(inputs)
     positions = FIRST.positions("cuda")
@@ -198,7 +201,7 @@ def call_of(inputs: Inputs):
 
 
 def test_nothing_waits_for_the_device():
-    call = call_of(on_gpu(structured_inputs(FIRST, 4)))
+    call = call_of(on_gpu(selective_inputs(FIRST, 4)))
     call()
     torch.cuda.synchronize()
     with warnings.catch_warnings():
@@ -211,7 +214,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_a_cuda_graph_captures_the_call_and_replays_it_on_new_numbers():
-    inputs = on_gpu(structured_inputs(FIRST, 5))
+    inputs = on_gpu(selective_inputs(FIRST, 5))
     call = call_of(inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -223,11 +226,12 @@ def test_a_cuda_graph_captures_the_call_and_replays_it_on_new_numbers():
     with torch.cuda.graph(graph):
         captured = call()
     for seed in (6, 7):
-        for tensor, fresh in zip(inputs, structured_inputs(FIRST, seed)):
+        for tensor, fresh in zip(inputs, selective_inputs(FIRST, seed)):
             tensor.copy_(fresh)
         graph.replay()
         torch.cuda.synchronize()
         expected = call()
+        assert_selective(expected[1])
         for got, wanted in zip(captured, expected):
             assert torch.equal(got, wanted)
 
@@ -241,10 +245,12 @@ def test_a_compiled_caller_compiles_at_most_twice():
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for length in (300, 700, 1000, 1111, 2048):
         shape = Shape(length, length, heads=6, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
-        inputs = structured_inputs(shape, length)
+        inputs = selective_inputs(shape, length)
         device = on_gpu(inputs)
         output = compiled(*device)
-        mask = create_sale_block_mask(device.query, device.key, CONFIG)
+        mask, stats = create_sale_block_mask(device.query, device.key, CONFIG, stats=True)
+        if length > 512:  # of fewer keys, every block is the sink's or a row's own
+            assert_selective(stats.density)
         assert_attention_close(output.cpu() / 2, *inputs, seen_of(shape, mask))
     assert counter.frame_count <= 2
 
@@ -289,7 +295,7 @@ def test_offsets_beyond_two_to_the_31_elements():
     if torch.cuda.get_device_properties(0).total_memory < 16 * 2**30:
         pytest.skip("needs tensors of 4 GiB")
     shape = Shape(600, 600, heads=2, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
-    inputs = on_gpu(random_inputs(shape, 8))
+    inputs = on_gpu(selective_inputs(shape, 8))
     storage = torch.zeros(2**31 + 600 * 64, dtype=torch.bfloat16, device="cuda")
     far = storage.as_strided((1, 2, 600, 64), (0, 2**31, 64, 1))
     far.copy_(inputs.key)
@@ -298,5 +304,6 @@ def test_offsets_beyond_two_to_the_31_elements():
         for q in (False, True)
     )
     copy = far.clone()
+    assert_selective(near.sum() / near.new_ones(near.shape).tril().sum())
     assert torch.equal(near, block_map(create_sale_block_mask(inputs.query, copy, CONFIG, value=copy)).kept)
     assert torch.equal(distant, block_map(create_sale_block_mask(copy, copy, CONFIG, value=copy)).kept)

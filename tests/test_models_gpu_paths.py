@@ -16,7 +16,9 @@ from sale_flex.integrations.transformers.caches import stores_of
 from sale_flex.testing import block_map
 
 sys.path.append(str(Path(__file__).resolve().parent))
+from gpu_harness import assert_selective
 from models_harness import BY_NAME, DECODERS, EVERYTHING, FAMILIES, assert_close, build, outputs, tokens
+from models_structure import passages, plant_topics
 from test_models_parallel import check_two_processes_against_one
 
 pytestmark = [
@@ -33,6 +35,13 @@ def on_gpu(family, implementation, config=EVERYTHING):
     model = build(family, implementation, config).cuda()
     if implementation == sale_hf.NAME:
         sale_hf.configure(model, config)
+    return model
+
+
+def with_topics(name, config):
+    """A model on the GPU that drops blocks of `passages`, with room for 2,048 tokens."""
+    model = plant_topics(build(BY_NAME[name], "sale_flex", config, max_position_embeddings=2048)).cuda()
+    sale_hf.configure(model, config)
     return model
 
 
@@ -83,24 +92,23 @@ def test_a_prompt_for_generation_has_eagers_logits(family, kind):
     assert all(one.sparse_calls > 0 and one.decode_calls == 2 for one in sale_hf.stats(model).layers)
 
 
-@pytest.mark.parametrize(("metric", "threshold"), [("mass", 0.05), ("relative", 0.8)])
+@pytest.mark.parametrize(("metric", "threshold"), [("mass", 0.05), ("relative", 0.2)])
 def test_chunks_with_stored_codes_choose_the_blocks_of_one_shot(metric, threshold):
     config = SaleConfig(metric=metric, threshold=threshold, min_length=64, local_tokens=32, smooth_tokens=64)
-    model = build(BY_NAME["Llama"], "sale_flex", config, max_position_embeddings=2048).cuda()
-    sale_hf.configure(model, config)
+    model = with_topics("Llama", config)
     calls = []
 
     def watched(call):
         calls.append(call)
         return sale_attention(call.query, call.key, call.value, config, **call.options)
 
-    ids = tokens(length=1280).cuda()
     with torch.no_grad(), sale_hf.observe(model, watched):
-        model(ids)
+        model(passages(2, 1280).cuda())
     assert len(calls) == 2
     for call in calls:
-        whole = block_map(create_sale_block_mask(call.query, call.key, config, **call.options)).kept
-        assert not bool(whole[..., -1, :].all())
+        mask, stats = create_sale_block_mask(call.query, call.key, config, stats=True, **call.options)
+        assert_selective(stats.density)
+        whole = block_map(mask).kept
         codes = KeyCodes()
         for first, stop in ((0, 320), (320, 640), (640, 1280)):
             query, key = call.query[:, :, first:stop], call.key[:, :, :stop]
@@ -109,19 +117,26 @@ def test_chunks_with_stored_codes_choose_the_blocks_of_one_shot(metric, threshol
         assert codes.length == 1280
 
 
-def test_chunks_of_a_model_keep_codes_with_its_cache():
+def test_chunks_of_a_model_keep_codes_with_its_cache_and_choose_the_blocks_of_one_shot():
     config = SaleConfig(threshold=0.05, min_length=64, local_tokens=32, smooth_tokens=64)
-    model, ids = on_gpu(BY_NAME["Llama"], "sale_flex", config), tokens(length=512).cuda()
+    model, ids = with_topics("Llama", config), passages(2, 1280).cuda()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        for first in range(0, 512, 128):
-            model(ids[:, first : first + 128], past_key_values=cache)
-    assert [codes.length for codes in stores_of(cache).values()] == [512, 512]
+        for first in range(0, 1280, 320):
+            model(ids[:, first : first + 320], past_key_values=cache)
+        chunked = sale_hf.stats(model).layers
+        sale_hf.reset_stats(model)
+        model(ids)
+    assert [codes.length for codes in stores_of(cache).values()] == [1280, 1280]
+    for one, same in zip(chunked, sale_hf.stats(model).layers):
+        assert one.density == same.density
+        assert_selective(sum(one.density) / len(one.density))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss", "Llama4"])
 def test_nobody_waits_for_the_host(name):
-    model, ids = on_gpu(BY_NAME[name], "sale_flex"), tokens().cuda()
+    model = with_topics(name, SaleConfig(threshold=0.05, min_length=64, local_tokens=32, smooth_tokens=64))
+    ids = passages(2, 1280).cuda()
     waits = []
     plain = sale_hf.sale_flex_forward
 
@@ -144,7 +159,9 @@ def test_nobody_waits_for_the_host(name):
         finally:
             AttentionInterface.register("sale_flex", plain)
     assert not waits
-    assert all(one.sparse_calls == 2 for one in sale_hf.stats(model).layers)
+    layers = sale_hf.stats(model).layers
+    assert all(one.sparse_calls == 2 for one in layers)
+    assert_selective(sum(layers[-1].density) / len(layers[-1].density))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Mods and block masks on a CUDA device: the kernels against the reference, gradients, sinks, many programs."""
 
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,25 +19,23 @@ from sale_flex.testing import (
     dense_attention,
     expand_blocks,
     rounding_band,
-    structured_inputs,
 )
-from sale_flex.testing.programs import PROGRAMS
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from gpu_harness import SPARSE_PROGRAMS as PROGRAMS
+from gpu_harness import assert_selective, on_gpu, selective_inputs
 
 pytestmark = pytest.mark.gpu
 
-SPARSE = SaleConfig(threshold=0.02, min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
+SPARSE = SaleConfig(threshold=0.1, min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
 
 RULES = {
     "moments": {},
     "moments of 4, 8 bits": {"sub_block": 4, "bits": 8},
     "scan": {"estimator": "scan", "query_pool": 1},
     "every 8th row": {"query_stride": 8},
-    "relative": {"metric": "relative", "threshold": 0.2},
+    "relative": {"metric": "relative", "threshold": 0.4},
 }
-
-
-def on_gpu(inputs: Inputs) -> Inputs:
-    return Inputs(*(x.cuda() for x in inputs))
 
 
 def within(shape: Shape) -> float:
@@ -52,7 +52,7 @@ def test_kept_blocks_are_the_references(program, rule):
     if program.startswith("neighborhood"):
         shape = replace(shape, q_len=900)
     config = replace(SPARSE, **RULES[rule])
-    inputs = structured_inputs(shape, 3)
+    inputs = selective_inputs(shape, 3)
     query, key, value = on_gpu(inputs)
     where = shape.positions("cuda")
     mask, stats = create_sale_block_mask(
@@ -63,6 +63,7 @@ def test_kept_blocks_are_the_references(program, rule):
     expected = reference.programmed_keep_map(
         inputs.query, inputs.key, config, inputs.value, **shape.positions(), **PROGRAMS[program](shape, "cpu")
     )
+    assert_selective(stats.density)
     made = block_map(mask)
     assert_same_blocks(made.kept.cpu(), expected, within(shape))
     assert torch.equal(made.full.cpu(), made.kept.cpu() & expected.full)
@@ -85,13 +86,14 @@ def test_kept_blocks_are_the_references(program, rule):
 @pytest.mark.parametrize("program", ["soft cap in documents", "a user's mask by head", "relative bias"])
 @pytest.mark.parametrize("metric", ["mass", "relative"])
 def test_shapes_and_dtypes(program, metric, head_dim, dtype, block_size, heads, kv_heads):
-    shape = Shape(500, 700, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
-    config = replace(SPARSE, metric=metric, block_size=block_size, threshold=0.2 if metric == "relative" else 0.02)
-    inputs = structured_inputs(shape, 3)
+    shape = Shape(1000, 1300, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    config = replace(SPARSE, metric=metric, block_size=block_size, threshold=0.4 if metric == "relative" else 0.2)
+    inputs = selective_inputs(shape, 3)
     query, key, value = on_gpu(inputs)
     mask, stats = create_sale_block_mask(
         query, key, config, value=value, stats=True, **PROGRAMS[program](shape, "cuda")
     )
+    assert_selective(stats.density)
     if "of every key" in stats.path:
         config = replace(config, estimator="scan")
     expected = reference.programmed_keep_map(
@@ -118,9 +120,10 @@ def assert_output(output, inputs: Inputs, seen, score_mod=None) -> None:
 @pytest.mark.parametrize("program", ["documents", "alibi", "neighborhood 2-d", "a finer block mask", "relative bias"])
 def test_attention_is_exact_on_the_kept_blocks(program):
     shape = Shape(1000, 1000, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
-    inputs, options = on_gpu(structured_inputs(shape, 1)), PROGRAMS[program](shape, "cuda")
+    inputs, options = on_gpu(selective_inputs(shape, 1)), PROGRAMS[program](shape, "cuda")
     output, lse, stats = sale_attention(*inputs, SPARSE, stats=True, return_lse=True, **options)
     mask = create_sale_block_mask(inputs.query, inputs.key, SPARSE, value=inputs.value, **options)
+    assert_selective(stats.density)
     made = block_map(mask)
     assert torch.equal(stats.kept_blocks, made.kept.sum((-2, -1)))
     seen = seen_of(made.kept, SPARSE, shape, options)
@@ -141,7 +144,7 @@ def test_attention_is_exact_on_the_kept_blocks(program):
 )
 def test_threshold_zero_is_flex_attention_with_the_mod(program):
     shape = Shape(1000, 1000, heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
-    inputs, options = on_gpu(structured_inputs(shape, 1)), PROGRAMS[program](shape, "cuda")
+    inputs, options = on_gpu(selective_inputs(shape, 1)), PROGRAMS[program](shape, "cuda")
     output, stats = sale_attention(*inputs, replace(SPARSE, threshold=0.0), stats=True, **options)
     assert torch.equal(stats.kept_blocks, stats.visible_blocks)
     masks = [options.get("mask_mod"), getattr(options.get("block_mask"), "mask_mod", None)]
@@ -160,10 +163,11 @@ def test_threshold_zero_is_flex_attention_with_the_mod(program):
 
 def test_sinks_take_their_share():
     shape = Shape(1000, 1000, heads=4, kv_heads=2, head_dim=64)
-    inputs = on_gpu(structured_inputs(shape, 1))
+    inputs = on_gpu(selective_inputs(shape, 1))
     sinks = torch.tensor([-torch.inf, 0.0, 3.0, 40.0], device="cuda")
     for options in ({}, PROGRAMS["alibi"](shape, "cuda")):
-        output = sale_attention(*inputs, SPARSE, sink_logits=sinks, **options)
+        output, stats = sale_attention(*inputs, SPARSE, sink_logits=sinks, stats=True, **options)
+        assert_selective(stats.density)
         made = block_map(create_sale_block_mask(inputs.query, inputs.key, SPARSE, value=inputs.value, **options))
         how = {"bounds": reference.make_bounds(1, 1000, 1000, device="cuda"), "block_size": (64, 64), "scale": 0.125}
         exact, _ = reference.programmed_attention(*inputs, made.kept, **how, sink_logits=sinks, **options)
@@ -174,9 +178,9 @@ def test_sinks_take_their_share():
 @pytest.mark.parametrize("program", [None, "documents", "alibi", "soft cap"])
 def test_gradients_are_those_of_dense_attention_under_the_mask(program):
     shape = Shape(700, 700, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
-    config = replace(SPARSE, block_size=(128, 128))
+    config = replace(SPARSE, block_size=(128, 128), threshold=0.2)
     options = {} if program is None else PROGRAMS[program](shape, "cuda")
-    inputs = on_gpu(structured_inputs(shape, 1))
+    inputs = on_gpu(selective_inputs(shape, 1))
     sinks = torch.tensor([0.0, 1.0, -1.0, 2.0], device="cuda")
     upstream = torch.randn(inputs.query.shape, generator=torch.Generator().manual_seed(0)).cuda()
 
@@ -186,8 +190,9 @@ def test_gradients_are_those_of_dense_attention_under_the_mask(program):
         (output.to(torch.float64) * upstream).sum().backward()
         return [leaf.grad.double() for leaf in leaves]
 
-    made = block_map(create_sale_block_mask(inputs.query, inputs.key, config, value=inputs.value, **options))
-    assert not made.kept.all()
+    mask, stats = create_sale_block_mask(inputs.query, inputs.key, config, value=inputs.value, stats=True, **options)
+    assert_selective(stats.density)
+    made = block_map(mask)
     how = {
         "bounds": reference.make_bounds(1, 700, 700, device="cuda"),
         "block_size": (128, 128),
@@ -210,16 +215,16 @@ def test_gradients_are_those_of_dense_attention_under_the_mask(program):
 def test_gradients_for_blocks_that_this_torch_can_not_differentiate_are_refused():
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 14):
         pytest.skip("this torch fits its tiles to small blocks")
-    inputs = on_gpu(structured_inputs(Shape(700, 700, heads=2, head_dim=128, dtype=torch.bfloat16), 1))
+    inputs = on_gpu(selective_inputs(Shape(700, 700, heads=2, head_dim=128, dtype=torch.bfloat16), 1))
     inputs.query.requires_grad_()
     with pytest.raises(NotImplementedError, match=r"multiples of 128.*\(64, 64\).*\(128, 128\)"):
         sale_attention(*inputs, SPARSE)
 
 
-def forty_programs():
-    """Mods of forty codes, over changing lengths, head counts and block sizes."""
+def ten_programs(part: int):
+    """Mods of ten codes, over changing lengths, head counts and block sizes."""
     blocks = ((64, 64), (64, 32), (128, 64), (128, 128))
-    for n in range(40):
+    for n in range(10 * part, 10 * part + 10):
         source = (
             f"def mod(score, b, h, q_idx, kv_idx):\n    return score * {1 + n / 40} - (kv_idx % {n + 2} == 0) * 0.25\n"
         )
@@ -230,11 +235,14 @@ def forty_programs():
         yield names["mod"], Shape(length, length, heads=heads, kv_heads=2, head_dim=(32, 64)[n % 2]), blocks[n % 4]
 
 
-def test_forty_programs_in_one_process_all_work_and_stay_sparse():
+# Ten are more than the recompilations that torch allows a function, and take a minute or two. Forty in one process are
+# compiled on a CPU, in test_programmed_compile.
+@pytest.mark.parametrize("part", range(4))
+def test_ten_programs_in_one_process_all_work_and_stay_sparse(part):
     followed = 0
-    for mod, shape, block_size in forty_programs():
+    for mod, shape, block_size in ten_programs(part):
         config = replace(SPARSE, block_size=block_size)
-        inputs = on_gpu(structured_inputs(shape, 1))
+        inputs = on_gpu(selective_inputs(shape, 1))
         output = sale_attention(*inputs, config, score_mod=mod)
         mask = create_sale_block_mask(*inputs[:2], config, value=inputs.value, score_mod=mod)
         seen = seen_of(block_map(mask).kept, config, shape, {})
@@ -244,17 +252,17 @@ def test_forty_programs_in_one_process_all_work_and_stay_sparse():
             *inputs, seen_of(torch.ones_like(block_map(mask).kept), config, shape, {}), score_mod=mod
         )
         followed += int(float((output - dense).abs().max()) > 1e-2)
-    assert followed > 30
+    assert followed > 7
 
 
 def test_no_stage_waits_for_the_host():
     shape = Shape(1000, 1000, heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
-    inputs = on_gpu(structured_inputs(shape, 1))
+    inputs = on_gpu(selective_inputs(shape, 1))
     for program in ("soft cap in documents", "alibi", "relative bias", "a user's mask by head", "a block mask"):
         options = PROGRAMS[program](shape, "cuda")
         for metric in ("mass", "relative"):
             config = replace(SPARSE, metric=metric)
-            sale_attention(*inputs, config, **options)
+            assert_selective(sale_attention(*inputs, config, stats=True, **options).stats.density)
             torch.cuda.synchronize()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
@@ -267,10 +275,10 @@ def test_no_stage_waits_for_the_host():
 
 def test_a_cuda_graph_holds_a_programmed_call():
     shape = Shape(1000, 1000, heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
-    inputs, others = (on_gpu(structured_inputs(shape, seed)) for seed in (1, 2))
+    inputs, others = (on_gpu(selective_inputs(shape, seed)) for seed in (1, 2))
     options = PROGRAMS["soft cap in documents"](shape, "cuda")
     static = Inputs(*(x.clone() for x in inputs))
-    sale_attention(*static, SPARSE, **options)
+    assert_selective(sale_attention(*static, SPARSE, stats=True, **options).stats.density)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = sale_attention(*static, SPARSE, **options)
@@ -283,18 +291,23 @@ def test_a_cuda_graph_holds_a_programmed_call():
 @pytest.mark.parametrize("program", ["documents", "alibi", "relative bias", "a user's mask by head"])
 def test_a_compiled_caller(program):
     shape = Shape(1000, 1000, heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
-    inputs, options = on_gpu(structured_inputs(shape, 1)), PROGRAMS[program](shape, "cuda")
+    inputs, options = on_gpu(selective_inputs(shape, 1)), PROGRAMS[program](shape, "cuda")
     compiled = torch.compile(lambda *x: sale_attention(*x, SPARSE, **options), fullgraph=True)
     output = compiled(*inputs)
-    mask = create_sale_block_mask(inputs.query, inputs.key, SPARSE, value=inputs.value, **options)
+    mask, stats = create_sale_block_mask(inputs.query, inputs.key, SPARSE, value=inputs.value, stats=True, **options)
+    assert_selective(stats.density)
     assert_output(output, inputs, seen_of(block_map(mask).kept, SPARSE, shape, options), options.get("score_mod"))
 
 
 def test_a_window_at_length_has_bounded_lists_and_drops_nothing():
     length = 80_000
-    shape = Shape(length, length, heads=4, kv_heads=1, head_dim=64, dtype=torch.bfloat16)
-    query, key, _ = (torch.randn(1, h, length, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 1, 1))
-    mask, stats = create_sale_block_mask(query, key, SPARSE, mask_mod=mods.sliding_window(4096), stats=True)
-    assert mask.kv_indices.shape[3] < shape.kv_len // 64
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key = (
+        torch.randn(1, heads, length, 64, device="cuda", dtype=torch.bfloat16, generator=generator) for heads in (4, 1)
+    )
+    # A window of 64 blocks whose masses spread around 1/64.
+    config = replace(SPARSE, threshold=1 / 64)
+    mask, stats = create_sale_block_mask(query, key, config, mask_mod=mods.sliding_window(4096), stats=True)
+    assert mask.kv_indices.shape[3] < length // 64
     assert int(stats.dropped_blocks.sum()) == 0
-    assert 0.0 < float(stats.density.mean()) < 1.0
+    assert_selective(stats.density)
