@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
+from sale_flex.autocast import autocast_inputs, without_autocast
 from sale_flex.block_mask import build_block_mask, make_bounds, wants_grad
 from sale_flex.break_even import early_rows, rows_of_early_blocks
 from sale_flex.clock import mark
@@ -136,9 +137,12 @@ def sale_attention(
 
     Gradients pass through attention on the chosen blocks; the choice itself has none.
 
+    Under torch.autocast of the query's device type, query, key and value are cast as scaled_dot_product_attention casts
+    them: to autocast's dtype, whichever of float32, float16 and bfloat16 they have. Nothing else is.
+
     Args:
         query: ``[B, Hq, Sq, D]``, float32, float16 or bfloat16, any strides.
-        key: ``[B, Hkv, Skv, D]``, Hq a multiple of Hkv, the query's dtype and device.
+        key: ``[B, Hkv, Skv, D]``, Hq a multiple of Hkv, the query's device and, without autocast, its dtype.
         value: ``[B, Hkv, Skv, D]``.
         config: What to keep; see `SaleConfig`.
         score_mod: ``score_mod(score, b, h, q_idx, kv_idx)`` as flex_attention takes it: exact in attention, and applied
@@ -160,9 +164,9 @@ def sale_attention(
         kernel_options: Options for flex_attention, over those of `flex_kernel_options`.
 
     Returns:
-        ``[B, Hq, Sq, D]`` in the query's dtype. With ``stats=True`` a `SaleResult`, with ``return_lse=True`` a
-        `LseResult`, with both a `LseStatsResult`. On a CPU the log-sum-exp, and so `sink_logits`, take a slower path
-        of plain torch: torch's CPU kernel for flex_attention has none.
+        ``[B, Hq, Sq, D]`` in the query's dtype, or autocast's. With ``stats=True`` a `SaleResult`, with
+        ``return_lse=True`` a `LseResult`, with both a `LseStatsResult`. On a CPU the log-sum-exp, and so `sink_logits`,
+        take a slower path of plain torch: torch's CPU kernel for flex_attention has none.
 
     Raises:
         TypeError, ValueError: An argument breaks its rule; the message names both.
@@ -170,6 +174,41 @@ def sale_attention(
             can not compute it, on a CPU or for small blocks before torch 2.14; or `key_codes` under torch.compile.
     """
     mods = UserMods(score_mod, mask_mod, block_mask, causal, estimate_mods)
+    query, key, value = autocast_inputs(query, key, value)
+    with without_autocast(query):
+        return _attend(
+            query,
+            key,
+            value,
+            config,
+            mods,
+            sink_logits,
+            q_offset,
+            kv_range,
+            scale,
+            key_codes,
+            return_lse,
+            stats,
+            kernel_options,
+        )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: SaleConfig,
+    mods: UserMods,
+    sink_logits: Tensor | None,
+    q_offset: int | Tensor | None,
+    kv_range: Tensor | None,
+    scale: float | None,
+    key_codes: KeyCodes | None,
+    return_lse: bool,
+    stats: bool,
+    kernel_options: dict[str, Any] | None,
+) -> Tensor | SaleResult | LseResult | LseStatsResult:
+    """`sale_attention`, its mods gathered, its inputs of the dtype in which it computes."""
     scale = settled(scale)
     check_inputs(query, key, value, config, q_offset, kv_range, scale)
     if not mods.plain:
@@ -233,7 +272,7 @@ def sale_attention(
         output, lse = attend_rows(query, key, value, built.kept, mods, bounds, config.block_size, scale)
     else:
         output, lse = run_flex(
-            query, key, value, built.block_mask, scale, kernel_options, score_mod, wants_lse, backward
+            query, key, value, built.block_mask, scale, kernel_options, mods.score_mod, wants_lse, backward
         )
     del built  # its lists are the largest thing that the call allocates
     if sink_logits is not None and lse is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from sale_flex import ops, programmed
+from sale_flex.autocast import autocast_inputs, without_autocast
 from sale_flex.break_even import early_rows
 from sale_flex.config import SaleConfig
 from sale_flex.geometry import Grid
@@ -89,9 +90,12 @@ def create_sale_block_mask(
     flex_attention, which ignores block indices, attends to the kept blocks alone. The choice has no gradient; where
     query or key requires one, the mask has what flex_attention's backward pass needs.
 
+    Under torch.autocast of the query's device type, query, key and value are cast as flex_attention casts them there, so
+    that the mask is that of what it computes.
+
     Args:
         query: ``[B, Hq, Sq, D]``, float32, float16 or bfloat16, any strides.
-        key: ``[B, Hkv, Skv, D]``, Hq a multiple of Hkv, the query's dtype and device.
+        key: ``[B, Hkv, Skv, D]``, Hq a multiple of Hkv, the query's device and, without autocast, its dtype.
         config: What to keep; see `SaleConfig`.
         value: ``[B, Hkv, Skv, D]``. If given, blocks with a non-finite value are kept, as attention would show them.
         score_mod: ``score_mod(score, b, h, q_idx, kv_idx)`` as flex_attention takes it. The estimate applies it; hand
@@ -123,18 +127,20 @@ def create_sale_block_mask(
         NotImplementedError: The estimate can not follow an operation of a mod; or `key_codes` under torch.compile.
     """
     mods = UserMods(score_mod, mask_mod, block_mask, causal, estimate_mods)
-    scale = settled(scale)
-    check_inputs(query, key, value, config, q_offset, kv_range, scale)
-    if not mods.plain:
-        check_mods(query, key, mods, config)
-    reuse = reuse_of(key_codes, query, key, q_offset)
-    scale = query.shape[3] ** -0.5 if scale is None else scale
-    bounds = make_bounds(query, key, q_offset, kv_range)
-    backward = wants_grad(query, key, value)
-    built = build_block_mask(
-        query, key, value, mods, bounds, kv_range is None, scale, config, backward=backward, reuse=reuse
-    )
-    return MaskResult(built.block_mask, built.counts()) if stats else built.block_mask
+    query, key, value = autocast_inputs(query, key, value)
+    with without_autocast(query):
+        scale = settled(scale)
+        check_inputs(query, key, value, config, q_offset, kv_range, scale)
+        if not mods.plain:
+            check_mods(query, key, mods, config)
+        reuse = reuse_of(key_codes, query, key, q_offset)
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        bounds = make_bounds(query, key, q_offset, kv_range)
+        backward = wants_grad(query, key, value)
+        built = build_block_mask(
+            query, key, value, mods, bounds, kv_range is None, scale, config, backward=backward, reuse=reuse
+        )
+        return MaskResult(built.block_mask, built.counts()) if stats else built.block_mask
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Mixed precision by torch.autocast, as scaled_dot_product_attention takes it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast_inputs(query: Any, *others: Any) -> tuple[Any, ...]:
+    """What autocast makes of the inputs of scaled_dot_product_attention on the query's device; the same where it is off.
+
+    Floating-point tensors get autocast's dtype, float64 stays. What is no tensor stays too, for others to refuse.
+
+    Args:
+        query: Decides by its device whose autocast counts.
+        others: What goes with it.
+
+    Returns:
+        `query`, and the others. Gradients pass.
+    """
+    inputs = (query, *others)
+    if not _applies(query):
+        return inputs
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return tuple(x.to(dtype) if _is_cast(x) else x for x in inputs)
+
+
+def without_autocast(query: Any) -> AbstractContextManager[Any]:
+    """A region in which autocast casts nothing more on the query's device.
+
+    A block mask's arithmetic says itself in which dtype it is exact, and what autocast made of its products would not be.
+    """
+    return torch.autocast(query.device.type, enabled=False) if _applies(query) else nullcontext()
+
+
+def _applies(query: Any) -> bool:
+    if not isinstance(query, Tensor):
+        return False
+    device = query.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _is_cast(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
