@@ -32,6 +32,9 @@ def configure(
 ) -> None:
     """Say what a model's attention layers keep, and begin to count what they do.
 
+    The model may be on any device, offloaded, or not loaded yet: counts and thresholds are where a layer runs from its
+    first call on.
+
     Args:
         model: A model of transformers with ``attn_implementation="sale_flex"``, or a part of one.
         config: One for all layers; a `Calibration`, with thresholds per layer and head; or a mapping from layer indices
@@ -45,10 +48,15 @@ def configure(
     heads = {index: query_heads(module) for index, module in layers.items()}
     configs = _per_layer(config, heads)
     states = {}
-    for index, module in layers.items():
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        mine = local_heads(model, heads[index])
-        states[index] = LayerState(_local(configs[index], heads[index], mine, device), mine.stop - mine.start, device)
+    # What is made here must serve inside and outside of inference mode.
+    with torch.inference_mode(False):
+        for index, module in layers.items():
+            # Where the layer will run, as far as its parameters tell: those that are offloaded, or still to be loaded,
+            # do not. What is elsewhere follows at the first call.
+            device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+            mine = local_heads(model, heads[index])
+            one = _local(configs[index], heads[index], mine, device)
+            states[index] = LayerState(one, mine.stop - mine.start, device)
     for index, module in layers.items():
         if state_of(module) is None:
             hand_over_cache(module)
@@ -88,6 +96,11 @@ def _local(config: SaleConfig, heads: int, mine: slice, device: torch.device) ->
             f"config.threshold must be a float or have shape [{heads}], one per query head of the model, got "
             f"{list(threshold.shape)}."
         )
+    if threshold.is_meta:
+        raise ValueError(
+            "config.threshold must have values, got a tensor on the meta device; make it outside of "
+            "torch.device('meta')."
+        )
     if not threshold.any():
         return replace(config, threshold=0.0, min_length=EVERY_ROW)
-    return replace(config, threshold=threshold[mine].to(device))
+    return replace(config, threshold=threshold[mine].detach().to(device, copy=True))

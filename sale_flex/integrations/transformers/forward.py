@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from sale_flex import mods
 from sale_flex.attention import SaleResult, sale_attention
+from sale_flex.autocast import autocast_inputs, without_autocast
 from sale_flex.clock import running
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.caches import ARGUMENT, codes_of
@@ -60,7 +61,9 @@ def sale_flex_forward(
     """
     _refuse_early(module, kwargs)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    state = state_of(module)
+    query, key, value = autocast_inputs(query, key, value)
+    # On the meta device nothing happens that could be counted.
+    state = None if query.is_meta else state_of(module)
     if state is not None and state.calls.device != query.device:
         state.move(query.device)
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
@@ -103,7 +106,8 @@ def _attend(state: LayerState | None, call: AttentionCall, codes: KeyCodes | Non
     if state is None:
         return sale_attention(call.query, call.key, call.value, _DEFAULT, **call.options)
     if state.observer is not None:
-        return state.observer(call)
+        with without_autocast(call.query):
+            return state.observer(call)
     inputs = (call.query, call.key, call.value, state.config)
     if torch.compiler.is_compiling():
         result = sale_attention(*inputs, stats=True, **call.options)

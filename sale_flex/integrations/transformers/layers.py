@@ -3,6 +3,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,8 @@ SPARSE, DENSE, DECODE = range(3)
 class LayerState:
     """What an attention layer does, and did.
 
-    Counts are tensors on the layer's device, so that nobody waits for them and compiled programs can keep them.
+    Counts are tensors on the layer's device, so that nobody waits for them and compiled programs can keep them. That
+    device is where its queries are: parameters may be elsewhere until they are needed, or on none.
 
     Attributes:
         config: What to keep.
@@ -43,12 +45,14 @@ class LayerState:
 
     def move(self, device: torch.device) -> None:
         """Follow the layer to another device."""
-        calls, blocks = self.calls, self.blocks
-        self.calls, self.blocks = _counter(*calls.shape, device=device), _counter(*blocks.shape, device=device)
-        self.calls.copy_(calls)
-        self.blocks.copy_(blocks)
-        if isinstance(self.config.threshold, Tensor):
-            self.config = replace(self.config, threshold=self.config.threshold.to(device))
+        # In inference mode a tensor is made that nothing outside of it may change; a program that is traced has its own.
+        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+            calls, blocks = self.calls, self.blocks
+            self.calls, self.blocks = _counter(*calls.shape, device=device), _counter(*blocks.shape, device=device)
+            self.calls.copy_(calls)
+            self.blocks.copy_(blocks)
+            if isinstance(self.config.threshold, Tensor):
+                self.config = replace(self.config, threshold=self.config.threshold.to(device))
 
     def reset(self) -> None:
         """Count from 0 again."""
