@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def autocast_inputs(query: Any, *others: Any) -> tuple[Any, ...]:
-    """What autocast makes of the inputs of scaled_dot_product_attention on the query's device; the same where it is off.
+    """What autocast makes of the inputs of scaled_dot_product_attention; where it is off, they stay as they are.
 
-    Floating-point tensors get autocast's dtype, float64 stays. What is no tensor stays too, for others to refuse.
+    Floating-point tensors get autocast's dtype, but float64 stays. So does what is no tensor, for others to refuse.
 
     Args:
-        query: Decides by its device whose autocast counts.
+        query: The autocast of its device type is the one that counts.
         others: What goes with it.
 
     Returns:
@@ -30,7 +30,7 @@ def autocast_inputs(query: Any, *others: Any) -> tuple[Any, ...]:
 def without_autocast(query: Any) -> AbstractContextManager[Any]:
     """A region in which autocast casts nothing more on the query's device.
 
-    A block mask's arithmetic says itself in which dtype it is exact, and what autocast made of its products would not be.
+    A block mask's arithmetic chooses its dtypes so that integers stay exact; autocast would round its products.
     """
     return torch.autocast(query.device.type, enabled=False) if _applies(query) else nullcontext()
 

@@ -90,8 +90,8 @@ def create_sale_block_mask(
     flex_attention, which ignores block indices, attends to the kept blocks alone. The choice has no gradient; where
     query or key requires one, the mask has what flex_attention's backward pass needs.
 
-    Under torch.autocast of the query's device type, query, key and value are cast as flex_attention casts them there, so
-    that the mask is that of what it computes.
+    Under torch.autocast of the query's device type, query, key and value are cast as flex_attention casts them there:
+    the mask is chosen from what attention will get.
 
     Args:
         query: ``[B, Hq, Sq, D]``, float32, float16 or bfloat16, any strides.

@@ -45,7 +45,7 @@ class LayerState:
 
     def move(self, device: torch.device) -> None:
         """Follow the layer to another device."""
-        # In inference mode a tensor is made that nothing outside of it may change; a program that is traced has its own.
+        # Tensors made in inference mode may not change outside of it. What is traced has a mode of its own.
         with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
             calls, blocks = self.calls, self.blocks
             self.calls, self.blocks = _counter(*calls.shape, device=device), _counter(*blocks.shape, device=device)
