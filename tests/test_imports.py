@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ARROWS: dict[str, set[str]] = {
     "attention": {
+        "autocast",
         "block_mask",
         "break_even",
         "clock",
@@ -30,9 +31,11 @@ ARROWS: dict[str, set[str]] = {
         "user_mods",
         "validation",
     },
+    "autocast": set(),
     "bench": {
         "",
         "attention",
+        "autocast",
         "block_mask",
         "break_even",
         "cli",
@@ -46,6 +49,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "bits": set(),
     "block_mask": {
+        "autocast",
         "break_even",
         "config",
         "geometry",
@@ -93,6 +97,7 @@ ARROWS: dict[str, set[str]] = {
     "info": {"cli", "config", "flex"},
     "integrations": {
         "attention",
+        "autocast",
         "block_mask",
         "clock",
         "config",

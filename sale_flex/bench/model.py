@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sale_flex.autocast import autocast_inputs
 from sale_flex.bench.captured import Captured
 
 NAME = "sale_flex_capture"
@@ -96,6 +97,7 @@ def capture(
             _check_plain(layer, key.shape[2], options)
             scale = options.get("scaling")
             scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+            query, key, value = autocast_inputs(query, key, value)
             found[layer] = Captured(query.to(device), key.to(device), value.to(device), scale)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Hugging Face transformers: ``attn_implementation="sale_flex"``.
 
-Long prompts prefill sparsely; decoding, caches, padding, packed sequences, generation and torch.compile go on working.
+Long prompts prefill sparsely; decoding, caches, padding, packed sequences, generation, autocast, offloading and
+torch.compile go on working. Hidden states of padding tokens differ from those of ``"sdpa"``: their attention is 0 in a
+causal prompt, and valid tokens never see them.
 
 Example:
     >>> import sale_flex.integrations.transformers as sale_hf

@@ -11,7 +11,14 @@ from torch import Tensor
 from sale_flex.block_mask import EVERY_ROW
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.caches import hand_over_cache
-from sale_flex.integrations.transformers.layers import LayerState, attention_layers, query_heads, set_state, state_of
+from sale_flex.integrations.transformers.layers import (
+    LayerState,
+    attention_layers,
+    device_of,
+    query_heads,
+    set_state,
+    state_of,
+)
 from sale_flex.integrations.transformers.parallel import local_heads
 
 
@@ -48,15 +55,10 @@ def configure(
     heads = {index: query_heads(module) for index, module in layers.items()}
     configs = _per_layer(config, heads)
     states = {}
-    # What is made here must serve inside and outside of inference mode.
-    with torch.inference_mode(False):
-        for index, module in layers.items():
-            # Where the layer will run, as far as its parameters tell: those that are offloaded, or still to be loaded,
-            # do not. What is elsewhere follows at the first call.
-            device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
-            mine = local_heads(model, heads[index])
-            one = _local(configs[index], heads[index], mine, device)
-            states[index] = LayerState(one, mine.stop - mine.start, device)
+    for index, module in layers.items():
+        device = device_of(module)
+        mine = local_heads(model, heads[index])
+        states[index] = LayerState(_local(configs[index], heads[index], mine, device), mine.stop - mine.start, device)
     for index, module in layers.items():
         if state_of(module) is None:
             hand_over_cache(module)
@@ -103,4 +105,5 @@ def _local(config: SaleConfig, heads: int, mine: slice, device: torch.device) ->
         )
     if not threshold.any():
         return replace(config, threshold=0.0, min_length=EVERY_ROW)
-    return replace(config, threshold=threshold[mine].detach().to(device, copy=True))
+    with torch.inference_mode(False):  # they serve outside of it too
+        return replace(config, threshold=threshold[mine].detach().to(device, copy=True))

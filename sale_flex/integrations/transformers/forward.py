@@ -54,7 +54,8 @@ def sale_flex_forward(
         kwargs: Others of the model's, of which none changes what is computed here.
 
     Returns:
-        ``[B, Sq, Hq, Dv]``, contiguous, and None for the attention weights.
+        ``[B, Sq, Hq, Dv]``, contiguous, and None for the attention weights. Rows that are padding are 0 in a causal
+        prompt. Under autocast the dtype is that of scaled_dot_product_attention there.
 
     Raises:
         NotImplementedError: Attention weights, dropout, a position bias or continuous batching are asked for.

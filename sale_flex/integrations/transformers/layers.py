@@ -3,7 +3,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -38,15 +38,15 @@ class LayerState:
     def __init__(self, config: SaleConfig, heads: int, device: torch.device) -> None:
         self.config = config
         self.observer: Callable[[Any], Tensor] | None = None
-        self.calls = _counter(3, device=device)
-        self.blocks = _counter(3, heads, device=device)
+        with _lasting():
+            self.calls = _counter(3, device=device)
+            self.blocks = _counter(3, heads, device=device)
         self.paths: Counter[str] = Counter()
         self.clock = Clock()
 
     def move(self, device: torch.device) -> None:
         """Follow the layer to another device."""
-        # Tensors made in inference mode may not change outside of it. What is traced has a mode of its own.
-        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+        with _lasting():
             calls, blocks = self.calls, self.blocks
             self.calls, self.blocks = _counter(*calls.shape, device=device), _counter(*blocks.shape, device=device)
             self.calls.copy_(calls)
@@ -60,6 +60,11 @@ class LayerState:
         self.blocks.zero_()
         self.paths.clear()
         self.clock.reset()
+
+
+def _lasting() -> AbstractContextManager[Any]:
+    """Where tensors are made that may change at any later time: not in inference mode. A traced program has its own."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
 def _counter(*shape: int, device: torch.device) -> Tensor:
@@ -78,6 +83,11 @@ def state_of(module: torch.nn.Module) -> LayerState | None:
 def set_state(module: torch.nn.Module, state: LayerState) -> None:
     """Let an attention module know."""
     setattr(module, _STATE, state)
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a layer will run, as far as its parameters tell: offloaded ones, and those still to be loaded, do not."""
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def attention_layers(model: torch.nn.Module) -> dict[int, torch.nn.Module]:

@@ -121,7 +121,9 @@ def sale_flex_mask(
         q_offset: Position in the sequence of the first query.
         kv_offset: Position in the sequence of the first key.
         mask_function: ``mask(b, h, q, kv)`` of positions in the sequence.
-        attention_mask: bool ``[B, S]``: valid tokens, or None.
+        attention_mask: bool ``[B, S]``: valid tokens, or None. In a causal prompt a query that is padding itself sees
+            nothing: attention gives it 0, where transformers' sdpa lets it attend to the valid tokens before it. Valid
+            tokens get the same from either.
         local_size: Of a sliding window or of chunks.
         allow_is_causal_skip: False if `mask_function` is more than causality, a window or chunks.
         allow_is_bidirectional_skip: The same for a mask that shows everything.
