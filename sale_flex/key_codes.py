@@ -2,6 +2,7 @@
 """Codes of earlier chunks' keys, kept beside a KV cache: chunked prefill then codes new keys only."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,14 +91,17 @@ class KeyCodes:
     Args:
         first_valid: No batch row's first valid key is after this one: the most left padding, in tokens. Where a row has
             more, its blocks may all be kept.
+        renew: Whether a call with keys of another size, dtype or device, or with options that want other codes, starts
+            anew. Such calls are refused otherwise.
 
     Raises:
         TypeError, ValueError: `first_valid` is no int, or negative.
     """
 
-    def __init__(self, first_valid: int = 0) -> None:
+    def __init__(self, first_valid: int = 0, *, renew: bool = False) -> None:
         self._stored: _Stored | None = None
         self._first_valid = _checked_length("first_valid", first_valid)
+        self._renew = renew
 
     @property
     def first_valid(self) -> int:
@@ -202,14 +206,19 @@ def code_rest(
         made from other keys; None if no stored code is among them.
 
     Raises:
-        ValueError: What is stored was made with other options, or from keys of other sizes.
+        ValueError: What is stored was made with other options, or from keys of other sizes, and is not to be renewed.
     """
     _refuse_compiling()
     store = reuse.key_codes
     stored, first_valid, size = store._stored, store.first_valid, form.block_k
     of_keys = _of_keys(key)
     if stored is not None:
-        _check_same(stored.form.made_with | stored.of_keys, form.made_with | of_keys)
+        before, now = stored.form.made_with | stored.of_keys, form.made_with | of_keys
+        if store._renew and before != now:
+            store.clear()
+            stored = None
+        else:
+            _check_same(before, now)
     known = 0 if stored is None else stored.blocks
     # The groups of padded rows are up to so many blocks behind those of unpadded ones.
     first = max(known - (-(-first_valid // size) if form.by_group else 0), 0)
@@ -323,12 +332,18 @@ def _valid(bounds: Tensor, first: int, stop: int, size: int) -> Tensor:
 def _empty_tables(key: Tensor, form: Form) -> list[Tensor]:
     batch, heads, _, dim = key.shape
     width, dtype = (dim // 2, torch.uint8) if form.packed else (dim, torch.int8)
-    return [
-        *(key.new_empty(batch, heads, 0, width, dtype=dtype) for _ in form.rows),
-        *(key.new_empty(batch, heads, 0, dtype=torch.float32) for _ in form.rows),
-        key.new_empty(batch, heads, 0, dim),
-        key.new_empty(batch, 1, 0, 2, dtype=torch.uint8),
-    ]
+    with _writable():
+        return [
+            *(key.new_empty(batch, heads, 0, width, dtype=dtype) for _ in form.rows),
+            *(key.new_empty(batch, heads, 0, dtype=torch.float32) for _ in form.rows),
+            key.new_empty(batch, heads, 0, dim),
+            key.new_empty(batch, 1, 0, 2, dtype=torch.uint8),
+        ]
+
+
+def _writable() -> AbstractContextManager[None]:
+    """For tensors that later calls write to, whether those run under inference_mode or not."""
+    return torch.inference_mode(False)
 
 
 def _write(stored: _Stored, rows: list[Tensor], starts: list[int], blocks: int) -> None:
@@ -337,7 +352,8 @@ def _write(stored: _Stored, rows: list[Tensor], starts: list[int], blocks: int) 
     for n, (table, new, start, each) in enumerate(zip(stored.tables, rows, starts, per_block)):
         if table.shape[2] < blocks * each:
             room = max(blocks, table.shape[2] // each * 3 // 2)
-            old, table = table, table.new_empty(*table.shape[:2], room * each, *table.shape[3:])
+            with _writable():
+                old, table = table, table.new_empty(*table.shape[:2], room * each, *table.shape[3:])
             table[:, :, : start * each] = old[:, :, : start * each]
             stored.tables[n] = table
         table[:, :, start * each : blocks * each] = new

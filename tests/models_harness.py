@@ -5,6 +5,7 @@ Sizes are equal over families (batch, length, heads, head_dim, scale), so that a
 and serves all that have its mods.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,9 @@ from sale_flex import SaleConfig
 
 sale_hf.register()
 transformers.logging.set_verbosity_error()
+
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
+"""Under which name this transformers takes a KV cache and gives it back: another one since 5.24."""
 
 LENGTH = 160
 """Tokens of a prompt: two whole blocks and a half."""
@@ -220,7 +224,7 @@ def prefill(
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], decode)], 1)
     parts, at = [], 0
     if cache is not None:
-        options |= {"past_key_values": cache, "use_cache": True}
+        options |= {CACHE: cache, "use_cache": True}
     elif hasattr(getattr(model, "config", None), "use_cache"):
         options |= {"use_cache": False}
     for step in (*chunks, *[1] * decode):
@@ -365,7 +369,7 @@ def generated(model: torch.nn.Module, ids: Tensor, mask: Tensor, **options: Any)
         disable_compile=True,  # of decoding steps, which are dense
         **options,
     )
-    return result.sequences, torch.stack(result.logits, 1), result.past_key_values
+    return result.sequences, torch.stack(result.logits, 1), result[CACHE]
 
 
 def check_generate(family: Family, way: str, padding: str) -> None:
@@ -391,7 +395,7 @@ def check_second_turn(family: Family) -> None:
     for each in (model, shared(family)):
         ids, _, cache = generated(each, tokens(), torch.ones_like(tokens()))
         ids = torch.cat([ids, more], 1)
-        results.append(generated(each, ids, torch.ones_like(ids), past_key_values=cache)[:2])
+        results.append(generated(each, ids, torch.ones_like(ids), **{CACHE: cache})[:2])
     (ids, logits), (expected, wanted) = results
     assert torch.equal(ids, expected)
     assert_close(logits, wanted)

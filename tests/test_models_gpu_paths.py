@@ -17,7 +17,7 @@ from sale_flex.testing import block_map
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from gpu_harness import assert_selective
-from models_harness import BY_NAME, DECODERS, EVERYTHING, FAMILIES, assert_close, build, outputs, tokens
+from models_harness import BY_NAME, CACHE, DECODERS, EVERYTHING, FAMILIES, assert_close, build, outputs, tokens
 from models_structure import passages, plant_topics
 from test_models_parallel import check_two_processes_against_one
 
@@ -69,7 +69,7 @@ def test_a_compiled_model_has_eagers_logits(name, cached):
     with torch.no_grad():
         expected = outputs(on_gpu(family, "eager")(ids, use_cache=False))
         model = on_gpu(family, "sale_flex")
-        options = {"past_key_values": DynamicCache(config=model.config)} if cached else {"use_cache": False}
+        options = {CACHE: DynamicCache(config=model.config)} if cached else {"use_cache": False}
         got = outputs(torch.compile(model, fullgraph=True)(ids, **options))
     assert_close(got, expected)
     assert all((one.sparse_calls, one.dense_calls) == (1, 0) for one in sale_hf.stats(model).layers)
@@ -123,7 +123,7 @@ def test_chunks_of_a_model_keep_codes_with_its_cache_and_choose_the_blocks_of_on
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         for first in range(0, 1280, 320):
-            model(ids[:, first : first + 320], past_key_values=cache)
+            model(ids[:, first : first + 320], **{CACHE: cache})
         chunked = sale_hf.stats(model).layers
         sale_hf.reset_stats(model)
         model(ids)

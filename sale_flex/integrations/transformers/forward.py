@@ -12,7 +12,14 @@ from sale_flex.attention import SaleResult, sale_attention
 from sale_flex.autocast import autocast_inputs, without_autocast
 from sale_flex.clock import running
 from sale_flex.config import SaleConfig
-from sale_flex.integrations.transformers.caches import ARGUMENT, codes_of
+from sale_flex.integrations.transformers.caches import (
+    ARGUMENT,
+    cache_layer,
+    codes_of,
+    goes_on,
+    refuse_paged,
+    warn_without_cache,
+)
 from sale_flex.integrations.transformers.calls import AttentionCall
 from sale_flex.integrations.transformers.dense import dense_step
 from sale_flex.integrations.transformers.heads import pad_heads
@@ -61,6 +68,9 @@ def sale_flex_forward(
         NotImplementedError: Attention weights, dropout, a position bias or continuous batching are asked for.
     """
     _refuse_early(module, kwargs)
+    index = getattr(module, "layer_idx", -1)
+    # Before room is cut off: a cache's keys are known by being the very tensor.
+    keys_of = None if torch.compiler.is_compiling() else cache_layer(kwargs, index, key)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     query, key, value = autocast_inputs(query, key, value)
     # On the meta device nothing happens that could be counted.
@@ -94,12 +104,10 @@ def sale_flex_forward(
         options["sink_logits"] = s_aux
     width = value.shape[3]
     query, key, value = pad_heads(query, key, value)
-    call = AttentionCall(getattr(module, "layer_idx", -1), query, key, value, options)
-    codes = None
-    if kwargs.get(ARGUMENT) is not None and not torch.compiler.is_compiling():
-        looks = attention_mask.looks if isinstance(attention_mask, ModelMask) else None
-        codes = codes_of(kwargs[ARGUMENT], call.layer, looks)
-    output = _attend(state, call, codes)
+    looks = attention_mask.looks if isinstance(attention_mask, ModelMask) else None
+    if state is not None and ARGUMENT not in kwargs and goes_on(looks) and not torch.compiler.is_compiling():
+        warn_without_cache(module)
+    output = _attend(state, AttentionCall(index, query, key, value, options), codes_of(keys_of, looks))
     return output[..., :width].transpose(1, 2).contiguous(), None
 
 
@@ -138,11 +146,7 @@ def _refuse_early(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
             "attn_implementation='sale_flex' computes no attention weights (output_attentions); load the model with "
             "attn_implementation='eager' to see them."
         )
-    if kwargs.get("cache") is not None:
-        raise NotImplementedError(
-            "attn_implementation='sale_flex' has no continuous batching (a paged cache); use model.generate, or "
-            "attn_implementation='sdpa'."
-        )
+    refuse_paged(kwargs)
 
 
 def _refuse_prefill(dropout: float, position_bias: Tensor | None) -> None:

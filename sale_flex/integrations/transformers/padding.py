@@ -18,6 +18,8 @@ class Padding(NamedTuple):
     """The largest first valid position of a row; None if values could not be read."""
     holes: bool
     """Whether some padding stands between valid tokens."""
+    ranges: tuple[tuple[int, int], ...] | None = None
+    """The positions in `valid`, if they could be read."""
 
 
 def padding_of(attention_mask: Tensor) -> Padding | None:
@@ -35,10 +37,12 @@ def padding_of(attention_mask: Tensor) -> Padding | None:
         return Padding(valid, None, False)
     start, end = valid.unbind(1)
     holes = (end - start) != attention_mask.sum(1)
-    first, last, holed = torch.stack([start.max(), end.min(), holes.any()]).tolist()
-    if first == 0 and last == attention_mask.shape[1] and not holed:
+    *flat, holed = torch.cat([valid.flatten(), holes.any()[None]]).tolist()
+    starts, ends = flat[::2], flat[1::2]
+    first = max(starts)
+    if first == 0 and min(ends) == attention_mask.shape[1] and not holed:
         return None
-    return Padding(valid, first, bool(holed))
+    return Padding(valid, first, bool(holed), tuple(zip(starts, ends)))
 
 
 def values_are_readable(device: torch.device) -> bool:
