@@ -22,11 +22,11 @@ from sale_flex.integrations.transformers.caches import stores_of
 from sale_flex.integrations.transformers.masks import DENSE_QUERIES
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from models_harness import BY_NAME, CACHE, LAYERS, assert_close, build, prefill, tokens
+from models_harness import BY_NAME, CACHE, LAYERS, build, prefill, tokens
 
 LLAMA = BY_NAME["Llama"]
 ROOM = 1100
-CONFIG = SaleConfig(threshold=0.12, min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=100)
+CONFIG = SaleConfig(threshold=0.3, min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=100)
 CONFIGS = (
     CONFIG,
     replace(CONFIG, sub_block=16),
@@ -156,40 +156,41 @@ def swap_layers(cache):
 CHANGES = (roll_rows, repeat, select, crop, crop_twice, overwrite, away_and_back, swap_layers, Cache.reset)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static", "user", "rounding"])
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        pytest.param(kind, change, id=f"{kind}-{change.__name__}")
+        for kind in ("dynamic", "static", "user", "rounding")
+        for change in CHANGES
+        # Static caches have no such method, or only in new releases.
+        if kind != "static" or change not in (repeat, select, crop, crop_twice)
+    ],
+)
 def test_a_turn_after_a_change_chooses_what_it_chooses_without_codes(llama, kind, change):
     cache = filled(llama, kind, batch=2)
-    if kind == "static" and change in (repeat, select, crop, crop_twice):
-        pytest.skip("static caches have it in no release, or in the newest only")
     change(cache)
     batch = cache.layers[0].keys.shape[0] if cache.layers[0].is_initialized else 2
     for n in range(3):
-        density = check_turn(llama, cache, tokens(batch, 128, seed=9 + n))
+        density = check_turn(llama, cache, tokens(batch, 192, seed=9 + n))
     assert density.max() < 0.9
     if kind != "rounding":
-        assert min(lengths(cache)) >= 320 - 64
+        assert lengths(cache) == [int(cache.get_seq_length()) // 64 * 64] * LAYERS
 
 
 def test_other_tokens_decoded_behind_a_crop(llama):
-    cache, other = (filled(llama, chunks=(192, 192, 192)) for _ in range(2))
+    fresh, cache = filled(llama), filled(llama, chunks=(192, 192, 192))
     cache.crop(-192)
+    assert lengths(cache) == [576] * LAYERS  # nobody has looked yet
     for token in tokens(1, 128, seed=5).unbind(1):
-        turn(llama, cache, token[:, None])
+        for each in (fresh, cache):
+            turn(llama, each, token[:, None])
     assert lengths(cache) == [384] * LAYERS
     for n in range(3):
-        assert check_turn(llama, cache, tokens(1, 128, seed=n)).max() < 0.9
+        (expected, wanted), (logits, density) = (turn(llama, each, tokens(1, 128, seed=n)) for each in (fresh, cache))
+        assert density.max() < 0.9
+        assert torch.equal(density, wanted)
+        assert torch.equal(logits, expected)
     assert lengths(cache) == [896] * LAYERS
-    # A prompt of the same tokens, read in other chunks into a new cache.
-    ids = [tokens(1, 192, seed=n) for n in range(2)]
-    ids = torch.cat([*ids, tokens(1, 128, seed=5), *(tokens(1, 128, seed=n) for n in range(3))], 1)
-    sale_hf.configure(llama, replace(CONFIG, threshold=0.0))
-    cache = filled(llama, chunks=(192, 192, 192))
-    cache.crop(-192)
-    parts = [turn(llama, cache, token[:, None])[0] for token in ids[:, 384:512].unbind(1)]
-    parts += [turn(llama, cache, ids[:, at : at + 128])[0] for at in (512, 640, 768)]
-    assert_close(torch.cat(parts, 1), prefill(llama, ids, None, DynamicCache(), (512, 384))[:, 384:])
-    assert lengths(other) == [576] * LAYERS
 
 
 @pytest.mark.parametrize("config", CONFIGS[1:], ids=lambda config: f"{config.metric} {config.estimator} {config.bits}")
@@ -201,14 +202,25 @@ def test_another_config_between_turns(llama, config):
     assert min(lengths(cache)) >= 576
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    # A static cache made under inference_mode is not written to outside: transformers itself fails.
+    [("dynamic", True), ("dynamic", False), ("static", False)],
+)
 def test_inference_mode_and_no_grad_in_turns(llama, kind, first):
     cache = filled(llama, kind, inference=first)
     for n in range(4):
         check_turn(llama, cache, tokens(1, 128, seed=9 + n), inference=(n % 2 == 0) != first)
-    if kind == "dynamic":
-        assert lengths(cache) == [896] * LAYERS
+    assert lengths(cache) == [896] * LAYERS
+
+
+def test_a_static_cache_under_inference_mode_alone(llama):
+    """Torch counts no writes to its tensors, so nobody knows whether keys are what they were."""
+    cache = filled(llama, "static", inference=True)
+    with torch.inference_mode():
+        overwrite(cache)
+    check_turn(llama, cache, tokens(1, 192, seed=9), inference=True)
+    assert not any(lengths(cache))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
