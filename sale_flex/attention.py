@@ -272,7 +272,16 @@ def _attend(
         output, lse = attend_rows(query, key, value, built.kept, mods, bounds, config.block_size, scale)
     else:
         output, lse = run_flex(
-            query, key, value, built.block_mask, scale, kernel_options, mods.score_mod, wants_lse, backward
+            query,
+            key,
+            value,
+            built.block_mask,
+            scale,
+            kernel_options,
+            mods.score_mod,
+            wants_lse,
+            backward,
+            not mods.plain,
         )
     del built  # its lists are the largest thing that the call allocates
     if sink_logits is not None and lse is not None:

@@ -6,18 +6,21 @@ to that silently once torch's recompile limit is reached. So each program here i
 a code object of its own, which the limit counts by itself.
 """
 
-import types
-from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from sale_flex.bridge import identity
+from sale_flex import ops
+from sale_flex.bridge import Sized, identity, sized
+from sale_flex.isolation import dispatch_modes
 from sale_flex.mods import ScoreMod
 from sale_flex.mods.held import held
+from sale_flex.programs import CompiledProgram, NotCompiledError
 
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -35,6 +38,9 @@ _NARROW_TILES = _TILES | {(128, 64): (128, 64, 4, 3), (128, 128): (128, 64, 4, 3
 
 _NARROW = 64
 """Channels up to which the tensor memory accelerator costs time instead of saving it."""
+
+_PROGRAMS = 512
+"""Programs kept; of more, the one not used for longest is compiled again when it is needed."""
 
 _SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 """KiB a program may take, by compute capability; other GPUs get the smallest, 99."""
@@ -115,6 +121,7 @@ def run_flex(
     score_mod: ScoreMod | None = None,
     return_lse: bool = False,
     backward: bool = False,
+    programmed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention on the blocks of `block_mask`, always through the compiler.
 
@@ -122,12 +129,13 @@ def run_flex(
         query: ``[B, Hq, Sq, D]``.
         key: ``[B, Hkv, Skv, D]``.
         value: ``[B, Hkv, Skv, D]``.
-        block_mask: What to attend to.
+        block_mask: What to attend to; its mask_mod may be replaced by one that shows the same.
         scale: Softmax scale.
         kernel_options: Options over those of `flex_kernel_options`.
         score_mod: The user's.
         return_lse: Whether the log-sum-exp is wanted too.
         backward: Whether a gradient may be asked for.
+        programmed: Whether `score_mod` or the mask_mod is the user's.
 
     Returns:
         ``[B, Hq, Sq, D]``, and float32 ``[B, Hq, Sq]`` in nats, or None if not wanted.
@@ -141,12 +149,24 @@ def run_flex(
         query, key, value = query.detach(), key.detach(), value.detach()
     options |= kernel_options or {}
     grouped = query.shape[1] != key.shape[1]
+    # An export is not for Inductor alone, and a length that its program guards would be one that it refuses.
+    resized = programmed and query.device.type == "cpu" and not torch.compiler.is_exporting()
     if torch.compiler.is_compiling():
         if query.device.type == "cpu":
             # Inductor's C++ template reads some views of what the same program computes, such as the parts of a fused
             # projection after a rotary embedding, from the wrong places (torch 2.13); copies it reads right.
             query, key, value = held(query), held(key), held(value)
+        if resized:
+            score_mod, block_mask.mask_mod = sized(score_mod, "score").mod, sized(block_mask.mask_mod, "mask").mod
         return _flex(query, key, value, block_mask, score_mod, scale, grouped, options, return_lse)
+    modes = dispatch_modes()
+    _refuse_graphs(modes)
+    if query.is_meta or isinstance(query, FakeTensor):
+        return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
+    mods = [Sized(x, identity(x)) for x in (score_mod, block_mask.mask_mod)]
+    if resized:
+        mods = [sized(score_mod, "score"), sized(block_mask.mask_mod, "mask")]
+        score_mod, block_mask.mask_mod = (x.mod for x in mods)
     program = _program(
         query.device,
         query.dtype,
@@ -155,13 +175,43 @@ def run_flex(
         scale,
         _specialisations(query, key, value, block_mask.BLOCK_SIZE),
         tuple(sorted(options.items())),
-        identity(score_mod),
-        identity(block_mask.mask_mod),
+        *(x.identity for x in mods),
         return_lse,
         backward and (query.requires_grad, key.requires_grad, value.requires_grad),
         torch.is_grad_enabled(),
     )
-    return program(query, key, value, block_mask, score_mod, scale, grouped, options, return_lse)
+    result: tuple[Tensor, Tensor | None] = program(
+        query, key, value, block_mask, score_mod, scale, grouped, options, return_lse
+    )
+    if modes:
+        _show(modes, query, value, block_mask)
+    return result
+
+
+def _refuse_graphs(modes: list[Any]) -> None:
+    if any(isinstance(mode, ProxyTorchDispatchMode) for mode in modes):
+        raise NotImplementedError(
+            "sale_attention can not be recorded by make_fx (ProxyTorchDispatchMode is on): its graph would hold this "
+            "call's output as a constant. Record it with torch.export, or compile the caller with torch.compile."
+        )
+
+
+def _show(modes: list[Any], query: Tensor, value: Tensor, block_mask: BlockMask) -> None:
+    """Let dispatch modes, which were set aside, see that attention ran, and FLOP counters count it."""
+    for mode in modes:
+        formulas = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if formulas is not None:
+            formulas.setdefault(torch.ops.sale_flex.attended, _count_flops)
+    kept = block_mask.kv_num_blocks, block_mask.full_kv_num_blocks
+    ops.attended(query.detach(), value.detach(), *kept, *block_mask.BLOCK_SIZE)
+
+
+def _count_flops(
+    query: Tensor, value: Tensor, partial_num: Tensor, full_num: Tensor, block_q: int, block_k: int, **_: Any
+) -> int:
+    """Two products, of two operations an element, on all of every kept block."""
+    kept = (partial_num + full_num).expand(query.shape[0], query.shape[1], -1).sum()
+    return 2 * int(kept) * block_q * block_k * (query.shape[3] + value.shape[3])
 
 
 def _flex(
@@ -203,7 +253,7 @@ def _attend(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if not torch.compiler.is_compiling():
-        raise RuntimeError(
+        raise NotCompiledError(
             "sale_attention needs torch.compile, which is switched off (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or "
             "torch.compiler.set_stance): uncompiled flex_attention would ignore the block mask's indices. Switch it "
             "on, or call flex_attention with create_sale_block_mask, whose mask_mod is exact uncompiled too."
@@ -222,9 +272,7 @@ def _specialisations(query: Tensor, key: Tensor, value: Tensor, block_size: tupl
     return (q_len == kv_len, q_len <= block_size[0], kv_len <= block_size[1], layouts)
 
 
-@cache
-def _program(*key: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+@lru_cache(maxsize=_PROGRAMS)
+def _program(*key: Any) -> CompiledProgram:
     """A compiled `_attend` of its own for every key; lengths are dynamic, all else in the key is not."""
-    name = f"{_attend.__name__}_{abs(hash(key)):x}"
-    own_code = _attend.__code__.replace(co_name=name)
-    return torch.compile(types.FunctionType(own_code, _attend.__globals__, name), fullgraph=True)
+    return CompiledProgram(_attend, f"{_attend.__name__}_{abs(hash(key)):x}")

@@ -9,18 +9,20 @@ import torch
 from sale_flex.bridge import programs as _programs
 from sale_flex.bridge import recognise as _eager
 from sale_flex.bridge.programs import Facts, Program, program
-from sale_flex.bridge.recognise import Described, identity
+from sale_flex.bridge.recognise import Described, Sized, identity
 
 __all__ = [
     "Described",
     "Facts",
     "Program",
+    "Sized",
     "conjunction",
     "describe",
     "facts",
     "identity",
     "program",
     "require_supported",
+    "sized",
 ]
 
 
@@ -49,6 +51,23 @@ def describe(mod: Callable[..., Any], kind: Literal["score", "mask", "range"]) -
 
         return compiled.describe(mod, kind)
     return _eager.describe(mod, kind)
+
+
+def sized(mod: Callable[..., Any] | None, kind: Literal["score", "mask"]) -> Sized:
+    """A mod for compiled flex_attention on a CPU, such that what it captures may have another size in every call.
+
+    Inductor's C++ template for flex_attention confuses the names of dynamic sizes (torch 2.13). A mod that the bridge
+    can follow reads copies of its captured tensors, which keep their lengths; for others there is a program per size.
+
+    Args:
+        mod: As for `describe`, on tensors of a CPU; or None.
+        kind: Which of them.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        from sale_flex.bridge import compiled
+
+        return Sized(compiled.sized(mod, kind), None)
+    return _eager.sized(mod, kind)
 
 
 def conjunction(one: str, other: str) -> str:

@@ -27,6 +27,7 @@ from sale_flex.bridge import programs
 from sale_flex.bridge.captures import Captured, Captures, Path
 from sale_flex.bridge.programs import Facts, register
 from sale_flex.bridge.recognise import Described, checked_rough, device_of
+from sale_flex.bridge.sized import maker, mod_tables
 from sale_flex.bridge.trace import trace
 
 
@@ -40,6 +41,26 @@ def conjunction(one: str, other: str) -> str:
 def facts(key: str) -> Facts:
     """`sale_flex.bridge.facts` as Dynamo sees it: a constant."""
     return programs.facts(key)
+
+
+@torch.compiler.assume_constant_result
+def _maker(key: str) -> Callable[[list[Tensor]], Callable[..., Tensor]]:
+    return maker(key)
+
+
+def sized(mod: Callable[..., Any] | None, kind: str) -> Callable[..., Any] | None:
+    """`sale_flex.bridge.sized` as Dynamo traces it."""
+    if mod is None:
+        return None
+    try:
+        key, tensors, _ = describe(mod, kind)
+    except NotImplementedError:
+        return mod  # torch may follow it nevertheless
+    if facts(key).unsupported is not None:
+        return mod
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return mod
+    return _maker(key)(mod_tables(key, tensors) if tensors else [])
 
 
 def describe(mod: Callable[..., Any], kind: str) -> Described:

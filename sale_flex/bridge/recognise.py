@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sale_flex.bridge.captures import Captures
-from sale_flex.bridge.programs import register
+from sale_flex.bridge.programs import program, register
+from sale_flex.bridge.sized import maker, mod_tables
 from sale_flex.bridge.trace import trace
 
 _MEMO_SIZE = 4096
@@ -65,6 +66,44 @@ def identity(mod: Callable[..., Any] | None) -> Hashable:
     Objects that are neither tensors, numbers nor functions count by themselves: two of them are never the same.
     """
     return None if mod is None else Captures([(mod, ())]).skeleton
+
+
+class Sized(NamedTuple):
+    """A mod for compiled flex_attention on a CPU.
+
+    Attributes:
+        mod: The one given, or one that computes the same from copies of what it captures.
+        identity: What it shares with others of which one compiled program serves all, whatever sizes they capture.
+    """
+
+    mod: Any
+    identity: Hashable
+
+
+def sized(mod: Callable[..., Any] | None, kind: str) -> Sized:
+    """`sale_flex.bridge.sized`, outside torch.compile."""
+    if mod is None:
+        return Sized(None, None)
+    captures = Captures([(mod, ())])
+    tensors = [x.value for x in captures.tensors]
+    own = Sized(mod, (captures.skeleton, tuple(x.shape for x in tensors)))
+    if captures.opaque is None and all(_is_static(x) for x in tensors):
+        return own
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return own  # of a copy it would have no gradient
+    try:
+        key, used, _ = describe(mod, kind)
+    except ValueError:
+        return own  # what is wrong with it is for flex_attention to say
+    if program(key).unsupported is not None or any(x.device.type != "cpu" for x in used):
+        return own
+    tables = mod_tables(key, used) if used else []
+    return Sized(maker(key)(tables), (key, tuple(len(x) for x in tables)))
+
+
+def _is_static(x: Tensor) -> bool:
+    """Whether torch.compile takes every size of a tensor for a constant."""
+    return x.dim() == len(getattr(x, "_dynamo_static_indices", ()))
 
 
 def checked_rough(rough: Any) -> bool | None:

@@ -4,8 +4,8 @@
 The examples are fake tensors: nothing is computed, no kernel is launched, and no captured tensor is read.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from sale_flex.bridge.builder import Builder, Unsupported
 from sale_flex.bridge.graph import ARGUMENTS, Graph, prune
 from sale_flex.bridge.lowering import LOWERINGS, VIEWS
+from sale_flex.isolation import without_modes
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ def trace(mod: Callable[..., Any], kind: str, device: torch.device) -> Traced:
     Raises:
         ValueError: The mod raised on scalar arguments, or returned something other than numbers or 0-d tensors.
     """
+    with _alone():
+        return _trace(mod, kind, device)
+
+
+def _trace(mod: Callable[..., Any], kind: str, device: torch.device) -> Traced:
     watch = _Watch()
     try:
         recorded = _record(mod, kind, device, watch)
@@ -93,7 +99,6 @@ def trace(mod: Callable[..., Any], kind: str, device: torch.device) -> Traced:
 def _record(mod: Callable[..., Any], kind: str, device: torch.device, watch: _Watch) -> fx.GraphModule:
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.utils._python_dispatch import _disable_current_modes
 
     dtypes = [torch.float32 if name == "score" else torch.int32 for name in ARGUMENTS[kind]]
 
@@ -102,12 +107,15 @@ def _record(mod: Callable[..., Any], kind: str, device: torch.device, watch: _Wa
         with TransformGetItemToIndex(), watch:
             return mod(*args)
 
-    with ExitStack() as stack:
-        # The caller's modes, and those of torch.func, have no business here, nor have the fake tensors of a compilation
-        # that is under way.
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch._C._DisableFuncTorch())
-        stack.enter_context(torch._guards.tracing(None))
-        stack.enter_context(torch.no_grad())
-        examples = [torch.empty((), dtype=dtype, device=device) for dtype in dtypes]
-        return make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    examples = [torch.empty((), dtype=dtype, device=device) for dtype in dtypes]
+    return make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No trace of our tracing in the caller's: neither its modes, nor those of torch.func, nor its fake tensors.
+
+    What is looked up in the record afterwards counts too: an export would take it for constants of its program.
+    """
+    with without_modes(), torch._C._DisableFuncTorch(), torch._guards.tracing(None), torch.no_grad():
+        yield
