@@ -28,10 +28,8 @@ from sale_flex.integrations.transformers.configure import configure
 from sale_flex.integrations.transformers.forward import sale_flex_forward
 from sale_flex.integrations.transformers.layers import attention_layers, query_heads
 from sale_flex.integrations.transformers.masks import ModelMask, sale_flex_mask
+from sale_flex.integrations.transformers.refused import NAME, UnsupportedModelError
 from sale_flex.integrations.transformers.stats import LayerStats, ModelStats, reset_stats, stats
-
-NAME = "sale_flex"
-"""The value of ``attn_implementation``."""
 
 OLDEST = (5, 17)
 """Version of transformers from which on its masks and attention functions are called as here."""
@@ -42,6 +40,7 @@ __all__ = [
     "LayerStats",
     "ModelMask",
     "ModelStats",
+    "UnsupportedModelError",
     "attention_layers",
     "configure",
     "observe",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sale_flex.integrations.transformers.layers import layer_states
+from sale_flex.integrations.transformers.layers import attention_layers, check_implementation, layer_states
 
 
 class AttentionCall(NamedTuple):
@@ -34,16 +34,18 @@ Observer = Callable[[AttentionCall], Tensor]
 def observe(model: torch.nn.Module, observer: Observer) -> Iterator[None]:
     """Hand every attention call of the model's prefill to `observer`, whose output the model goes on with.
 
-    Decoding steps, and calls under a mask tensor of the user's, do not pass by. Not for compiled models.
+    Decoding steps, cross-attention, and calls under a mask tensor of the user's, do not pass by. Not for compiled
+    models.
 
     Args:
         model: A model that `configure` was called on.
         observer: Called once per layer and forward pass.
 
     Raises:
-        ValueError: `configure` was not called.
+        ValueError: `configure` was not called, or a layer runs another attn_implementation by now.
     """
     states = layer_states(model)
+    check_implementation(attention_layers(model))
     before = [state.observer for state in states.values()]
     for state in states.values():
         state.observer = observer

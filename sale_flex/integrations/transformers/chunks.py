@@ -16,7 +16,12 @@ def chunked(chunk: int, first: Tensor, q_offset: int | Tensor = 0) -> MaskMod:
         first: int32 ``[B]``, or ``[1]`` for all batch rows: key index of the token that chunks are counted from; below
             0 if it was handed in before.
         q_offset: Key index of query row 0, an int or a 0-d integer tensor.
+
+    Raises:
+        ValueError: `chunk` is less than 1.
     """
+    if chunk < 1:
+        raise ValueError(f"attention_chunk_size must be an int of at least 1, got {chunk}.")
     first = held(first.to(torch.int32).contiguous())
     if isinstance(q_offset, Tensor):
         q_offset = held(q_offset.to(torch.int32))

@@ -13,13 +13,16 @@ from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.caches import hand_over_cache
 from sale_flex.integrations.transformers.layers import (
     LayerState,
-    attention_layers,
+    check_implementation,
     device_of,
     query_heads,
     set_state,
     state_of,
 )
 from sale_flex.integrations.transformers.parallel import local_heads
+from sale_flex.integrations.transformers.towers import towers_of
+
+_DENSE = SaleConfig(min_length=EVERY_ROW)
 
 
 @runtime_checkable
@@ -42,6 +45,9 @@ def configure(
     The model may be on any device, offloaded, or not loaded yet: counts and thresholds are where a layer runs from its
     first call on.
 
+    Of an encoder-decoder, layers are the decoder's self-attention. Its cross-attention stays dense and counts as such
+    in the layer that it is in; its encoder stays dense, unless it is configured afterwards, as a part.
+
     Args:
         model: A model of transformers with ``attn_implementation="sale_flex"``, or a part of one.
         config: One for all layers; a `Calibration`, with thresholds per layer and head; or a mapping from layer indices
@@ -50,8 +56,11 @@ def configure(
 
     Raises:
         TypeError, ValueError: `config` does not fit the model; the message names both. The model is left as it was.
+        ValueError: A layer runs another attn_implementation.
+        UnsupportedModelError: sale_flex does not compute the model's attention; a ValueError and NotImplementedError.
     """
-    layers = attention_layers(model)
+    layers, cross, encoder = towers_of(model)
+    check_implementation(layers)
     heads = {index: query_heads(module) for index, module in layers.items()}
     configs = _per_layer(config, heads)
     states = {}
@@ -63,6 +72,15 @@ def configure(
         if state_of(module) is None:
             hand_over_cache(module)
         set_state(module, states[index])
+        for other in cross.get(index, []):
+            set_state(other, states[index], cross=True)
+    for module in encoder:
+        set_state(module, _dense_state(module))
+
+
+def _dense_state(module: torch.nn.Module) -> LayerState:
+    """Of an encoder's module beside a decoder; nobody reads what it counts."""
+    return LayerState(_DENSE, query_heads(module), device_of(module))
 
 
 def _per_layer(config: Any, heads: Mapping[int, int]) -> dict[int, SaleConfig]:
@@ -84,8 +102,7 @@ def _per_layer(config: Any, heads: Mapping[int, int]) -> dict[int, SaleConfig]:
     for index, one in config.items():
         if one is not None and not isinstance(one, SaleConfig):
             raise TypeError(f"config[{index}] must be a SaleConfig or None, got {type(one).__name__}.")
-    dense = SaleConfig(min_length=EVERY_ROW)
-    return {index: dense if one is None else one for index, one in config.items()}
+    return {index: _DENSE if one is None else one for index, one in config.items()}
 
 
 def _local(config: SaleConfig, heads: int, mine: slice, device: torch.device) -> SaleConfig:

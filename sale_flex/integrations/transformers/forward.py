@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from sale_flex import mods
 from sale_flex.attention import SaleResult, sale_attention
 from sale_flex.autocast import autocast_inputs, without_autocast
+from sale_flex.block_mask import EVERY_ROW
 from sale_flex.clock import running
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.caches import (
@@ -23,11 +24,13 @@ from sale_flex.integrations.transformers.caches import (
 from sale_flex.integrations.transformers.calls import AttentionCall
 from sale_flex.integrations.transformers.dense import dense_step
 from sale_flex.integrations.transformers.heads import pad_heads
-from sale_flex.integrations.transformers.layers import DECODE, DENSE, SPARSE, LayerState, state_of
+from sale_flex.integrations.transformers.layers import DECODE, DENSE, SPARSE, LayerState, is_cross, state_of
 from sale_flex.integrations.transformers.masks import DENSE_QUERIES, ModelMask
+from sale_flex.integrations.transformers.refused import refuse
 from sale_flex.key_codes import KeyCodes
 
 _DEFAULT = SaleConfig()
+_DENSE = SaleConfig(min_length=EVERY_ROW)
 
 
 def sale_flex_forward(
@@ -65,6 +68,7 @@ def sale_flex_forward(
         prompt. Under autocast the dtype is that of scaled_dot_product_attention there.
 
     Raises:
+        UnsupportedModelError: The model is one of those that are refused; a NotImplementedError and ValueError.
         NotImplementedError: Attention weights, dropout, a position bias or continuous batching are asked for.
     """
     _refuse_early(module, kwargs)
@@ -80,10 +84,12 @@ def sale_flex_forward(
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
         # A static cache that was empty: the keys past the prompt are room.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    crossed = attention_mask is None and not causal and query.shape[2] != key.shape[2]
+    cross = is_cross(module)
+    crossed = cross or (attention_mask is None and not causal and query.shape[2] != key.shape[2])
     few = query.shape[2] < DENSE_QUERIES
     if not isinstance(attention_mask, BlockMask) and (attention_mask is not None or crossed or few):
-        _count(state, DECODE if few else DENSE, "dense: cross-attention" if crossed else "dense: a mask tensor")
+        kind = DECODE if few and not cross else DENSE
+        _count(state, kind, "dense: cross-attention" if crossed else "dense: a mask tensor")
         output = dense_step(
             module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, causal, position_bias
         )
@@ -104,11 +110,19 @@ def sale_flex_forward(
         options["sink_logits"] = s_aux
     width = value.shape[3]
     query, key, value = pad_heads(query, key, value)
+    if cross:  # as many queries as keys, of which some are padding
+        _count(state, DENSE, "dense: cross-attention")
+        return _returned(sale_attention(query, key, value, _DENSE, **options), width), None
     looks = attention_mask.looks if isinstance(attention_mask, ModelMask) else None
     if state is not None and ARGUMENT not in kwargs and goes_on(looks) and not torch.compiler.is_compiling():
         warn_without_cache(module)
     output = _attend(state, AttentionCall(index, query, key, value, options), codes_of(keys_of, looks))
-    return output[..., :width].transpose(1, 2).contiguous(), None
+    return _returned(output, width), None
+
+
+def _returned(output: Any, width: int) -> Tensor:
+    """As transformers wants it, ``[B, Sq, Hq, Dv]``."""
+    return output[..., :width].transpose(1, 2).contiguous()
 
 
 def _attend(state: LayerState | None, call: AttentionCall, codes: KeyCodes | None) -> Tensor:
@@ -140,7 +154,9 @@ def _count(state: LayerState | None, kind: int, path: str) -> None:
 
 
 def _refuse_early(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-    of_model = getattr(getattr(module, "config", None), "output_attentions", False)
+    config = getattr(module, "config", None)
+    refuse(config)
+    of_model = getattr(config, "output_attentions", False)
     if of_model or kwargs.get("output_attentions"):
         raise NotImplementedError(
             "attn_implementation='sale_flex' computes no attention weights (output_attentions); load the model with "

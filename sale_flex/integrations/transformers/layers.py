@@ -2,7 +2,7 @@
 """A model's attention layers, and what each of them knows of sale_flex."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,9 +12,14 @@ from torch import Tensor
 
 from sale_flex.clock import Clock
 from sale_flex.config import SaleConfig
+from sale_flex.integrations.transformers.refused import NAME
+from sale_flex.integrations.transformers.towers import towers_of
 
 _STATE = "_sale_flex"
 """Attribute of an attention module that holds its `LayerState`."""
+
+_CROSS = "_sale_flex_cross"
+"""Attribute of a decoder layer's cross-attention, which counts in the `LayerState` of its layer."""
 
 SPARSE, DENSE, DECODE = range(3)
 """Kinds of calls, and their places in `LayerState.calls`."""
@@ -80,9 +85,21 @@ def state_of(module: torch.nn.Module) -> LayerState | None:
     return getattr(module, _STATE, None)
 
 
-def set_state(module: torch.nn.Module, state: LayerState) -> None:
-    """Let an attention module know."""
+def set_state(module: torch.nn.Module, state: LayerState, cross: bool = False) -> None:
+    """Let an attention module know.
+
+    Args:
+        module: The attention module.
+        state: Its own, or, of cross-attention, that of the self-attention in its layer.
+        cross: Whether it is cross-attention.
+    """
     setattr(module, _STATE, state)
+    setattr(module, _CROSS, cross)
+
+
+def is_cross(module: torch.nn.Module) -> bool:
+    """Whether a configured attention module is a decoder layer's cross-attention."""
+    return getattr(module, _CROSS, False)
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
@@ -91,35 +108,35 @@ def device_of(module: torch.nn.Module) -> torch.device:
 
 
 def attention_layers(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    """The model's attention modules by their layer index, ascending; linear-attention layers are not among them.
+    """The model's attention modules by their layer index, ascending: those that `configure` configures.
+
+    Linear-attention layers are not among them. Of an encoder-decoder, they are the decoder's self-attention.
 
     Raises:
+        UnsupportedModelError: sale_flex does not compute the model's attention; a ValueError and NotImplementedError.
         ValueError: There are none, or two with the same index, as in a model of two towers.
     """
-    found: dict[int, torch.nn.Module] = {}
-    for name, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
-        if not isinstance(index, int) or not hasattr(module, "is_causal"):
-            continue
-        if index in found:
+    return towers_of(model).layers
+
+
+def check_implementation(layers: Mapping[int, torch.nn.Module]) -> None:
+    """Raise ValueError if one of these attention modules runs another implementation than sale_flex."""
+    for index, module in layers.items():
+        name = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
+        if name != NAME:
             raise ValueError(
-                f"model must have one attention module per layer index, but {name!r} is the second with index {index}; "
-                "pass the part that is to be sparse, such as model.model.language_model."
+                f"model must run attn_implementation={NAME!r}, but layer {index} ({type(module).__name__}) runs "
+                f"{name!r}; load it with attn_implementation={NAME!r} or call model.set_attn_implementation({NAME!r}). "
+                "A model that stays as it was then has attention of its own, which sale_flex can not take over."
             )
-        found[index] = module
-    if not found:
-        raise ValueError(
-            "model must have attention modules of transformers, with a layer_idx and is_causal, but "
-            f"{type(model).__name__} has none."
-        )
-    return dict(sorted(found.items()))
 
 
 def query_heads(module: torch.nn.Module) -> int:
     """Query heads of an attention module, of all processes together under tensor parallelism."""
     config = getattr(module, "config", None)
-    for owner in (config, module):
-        heads = getattr(owner, "num_attention_heads", None)
+    # The module's own first: configs of encoders with decoders have two numbers, and tell the encoder's.
+    for owner, name in ((module, "num_heads"), (config, "num_attention_heads"), (module, "num_attention_heads")):
+        heads = getattr(owner, name, None)
         if isinstance(heads, int):
             return heads
     raise ValueError(f"{type(module).__name__} must tell its num_attention_heads, itself or in its config.")

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import (
     add_offsets_to_mask_function,
     bidirectional_mask_function,
@@ -22,7 +21,9 @@ from transformers.masking_utils import (
 
 from sale_flex import mods
 from sale_flex.integrations.transformers.chunks import chunked
+from sale_flex.integrations.transformers.not_a_tensor import NotATensor, sentence
 from sale_flex.integrations.transformers.padding import Padding, padding_of, values_are_readable
+from sale_flex.integrations.transformers.refused import refuse
 from sale_flex.mods import MaskMod
 from sale_flex.mods.held import held
 
@@ -52,15 +53,14 @@ class Looks(NamedTuple):
     """Of the sequence, if any and if the call is causal; otherwise it is among `custom`."""
 
 
-class ModelMask(BlockMask):
+class ModelMask(NotATensor):
     """A layer's mask, unevaluated.
 
     It is a BlockMask because transformers lets a mask that was prepared before the forward pass through only where it
-    is one. It has nothing else of it: evaluating it raises.
+    is one. It has nothing else of it: evaluating it raises, and so does all that a model does with a tensor.
 
     Attributes:
         looks: What is seen.
-        options: Keyword arguments of sale_attention that say so, on the first ``looks.keys`` keys handed in.
     """
 
     def __init__(self, looks: Looks, device: torch.device | str) -> None:
@@ -70,18 +70,46 @@ class ModelMask(BlockMask):
         lengths = (looks.q_len, looks.keys)
         super().__init__(lengths, one, index, none, none, none, none, none, none, lengths, _not_for_others)
         self.looks = looks
-        self.options = _options(looks, device)
+        self._compiling = torch.compiler.is_compiling()
+        self._options: dict[str, Any] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of sale_attention that say what is seen, on the first ``looks.keys`` keys handed in.
+
+        Made when the first layer asks: models prepare masks for kinds of layers that they do not have.
+
+        Raises:
+            ValueError: A window or a chunk has less than one token.
+        """
+        if self._options is not None:
+            return self._options
+        options = _options(self.looks, self.kv_indices.device)
+        # A compiled program can not leave what it traced on a mask that was handed to it.
+        if self._compiling == torch.compiler.is_compiling():
+            self._options = options
+        return options
+
+    def __repr__(self) -> str:
+        return f"ModelMask({self.looks})"
+
+    __str__ = __repr__
 
     def contiguous(self) -> "ModelMask":
         """Itself; transformers asks this of the masks it prepares for static caches."""
         return self
 
-    def to(self, device: torch.device | str) -> "ModelMask":
+    def to(
+        self, device: torch.device | str | int | None = None, dtype: Any = None, non_blocking: bool = False
+    ) -> "ModelMask":
         """The same for another device, for models whose layers are on several.
 
         Raises:
             NotImplementedError: The mask is of functions of transformers', whose tensors can not be reached.
+            TypeError: A dtype or a tensor is given.
         """
+        if dtype is not None or not isinstance(device, torch.device | str | int):
+            raise TypeError(sentence(".to() something else than a device"))
         device = torch.empty(0, device=device).device
         looks, padding = self.looks, self.looks.padding
         if device == self.kv_indices.device:
@@ -135,8 +163,14 @@ def sale_flex_mask(
         None for plain causal attention of a whole prompt, and for attention that sees everything; the explicit mask of
         a decoding step, bool ``[B, 1, Sq, Skv]``, or of cross-attention, ``[B, 1, 1, Skv]``; for everything else a
         `ModelMask`.
+
+    Raises:
+        UnsupportedModelError: sale_flex does not compute the model's attention; a ValueError and NotImplementedError.
     """
-    if q_length < DENSE_QUERIES:
+    refuse(config)
+    # A window or a chunk of no token is that of no layer; if it is, the mask will say so.
+    nowhere = isinstance(local_size, int) and local_size < 1
+    if q_length < DENSE_QUERIES and not nowhere:
         mask: Tensor | None = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -216,10 +250,10 @@ def _padded(looks: Looks, attention_mask: Tensor) -> Looks:
 
 def _without_idle(looks: Looks) -> Looks:
     """Without a window or chunks that hide nothing."""
-    if looks.window is not None and looks.keys <= looks.window:
+    if isinstance(looks.window, int) and looks.keys <= looks.window:
         looks = looks._replace(window=None)
     in_sequence = looks.kv_offset + looks.keys
-    if looks.chunk is not None and not isinstance(in_sequence, Tensor) and in_sequence <= looks.chunk:
+    if isinstance(looks.chunk, int) and not isinstance(in_sequence, Tensor) and in_sequence <= looks.chunk:
         looks = looks._replace(chunk=None)
     return looks
 
@@ -266,7 +300,4 @@ def _tensor(offset: int | Tensor, device: torch.device | str) -> int | Tensor:
 
 
 def _not_for_others(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    raise TypeError(
-        "A mask made for attn_implementation='sale_flex' is of use to its attention alone; for flex_attention make one "
-        "with sale_flex.create_sale_block_mask."
-    )
+    raise TypeError(sentence("in flex_attention"))

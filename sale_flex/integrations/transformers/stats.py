@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from sale_flex.integrations.transformers.layers import DECODE, DENSE, SPARSE, LayerState, layer_states
+from sale_flex.integrations.transformers.layers import (
+    DECODE,
+    DENSE,
+    SPARSE,
+    LayerState,
+    attention_layers,
+    check_implementation,
+    layer_states,
+)
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,13 @@ def stats(model: torch.nn.Module) -> ModelStats:
     """What the model's attention layers did since `configure` or `reset_stats`. Waits for the device.
 
     Raises:
-        ValueError: `configure` was not called on the model.
+        ValueError: `configure` was not called on the model, or a layer counted nothing and runs another
+            attn_implementation by now.
     """
-    return ModelStats(tuple(_read(index, state) for index, state in layer_states(model).items()))
+    layers = tuple(_read(index, state) for index, state in layer_states(model).items())
+    idle = {one.layer for one in layers if one.sparse_calls + one.dense_calls + one.decode_calls == 0}
+    check_implementation({index: module for index, module in attention_layers(model).items() if index in idle})
+    return ModelStats(layers)
 
 
 def reset_stats(model: torch.nn.Module) -> None:
