@@ -152,7 +152,10 @@ def test_without_autocast_mixed_dtypes_stay_an_error():
     [
         ({"query": [1.0]}, "query must be a torch.Tensor, got list"),
         ({"key": None}, "key must be a torch.Tensor, got NoneType"),
-        ({"key": torch.ones(2, 2, 300, 32, dtype=torch.int64)}, "key must be float32, float16 or bfloat16, got torch.int"),
+        (
+            {"key": torch.ones(2, 2, 300, 32, dtype=torch.int64)},
+            "key must be float32, float16 or bfloat16, got torch.int",
+        ),
         ({"value": torch.ones(2, 2, 300, 32, device="meta")}, "value must be on the query's device cpu, got meta"),
     ],
     ids=["no tensor", "none", "integers", "another device"],
