@@ -17,7 +17,9 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig
+from sale_flex import SaleConfig, sale_attention
+from sale_flex.attention import SaleResult
+from sale_flex.integrations.transformers import forward
 from sale_flex.integrations.transformers.caches import stores_of
 from sale_flex.integrations.transformers.masks import DENSE_QUERIES
 
@@ -40,6 +42,19 @@ CONFIGS = (
 @pytest.fixture(scope="module")
 def llama():
     return build(LLAMA, sale_hf.NAME, CONFIG, max_position_embeddings=2048)
+
+
+def by_rows(*args, **options):
+    """sale_attention on a path that a CPU takes without a compiled program for every batch size; the same blocks."""
+    result = sale_attention(*args, return_lse=True, **options)
+    return SaleResult(result.output, result.stats)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uncompiled():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "sale_attention", by_rows)
+        yield
 
 
 @pytest.fixture(autouse=True)
