@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """KeyCodes: chunks choose with stored codes what they choose without, and code new keys only."""
 
+import copy
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -290,3 +291,27 @@ def test_the_kernels_take_what_is_left_of_the_keys(rule, monkeypatch):
     for (query, key, where), wanted in zip(chunks(inputs._replace(key=keys), edges, ranges), expected):
         assert torch.equal(blocks_of(query, key, config, codes, **where).kept, wanted)
     assert codes.length >= 320
+
+
+@every_rule
+@pytest.mark.parametrize("first", [True, False])
+def test_chunks_under_inference_mode_and_not_share_a_store(rule, first):
+    inputs, config, codes = structured_inputs(SHAPE, 3), config_of(rule), KeyCodes()
+    for n, (query, key, _) in enumerate(chunks(inputs, [0, 192, 300, 420, 520, 640])):
+        with torch.inference_mode((n % 2 == 0) == first):
+            key = key.clone()  # made in the mode of its call
+            kept = blocks_of(query, key, config, codes).kept
+            assert torch.equal(kept, blocks_of(query, key, config).kept)
+    assert codes.length == 640
+
+
+@both_metrics
+def test_copies_are_independent(rule):
+    inputs, config = structured_inputs(SHAPE, 3), config_of(rule)
+    codes = filled(config, inputs)
+    copied = copy.deepcopy(codes)
+    other = Inputs(*(torch.cat([x[:, :, :384], y[:, :, 384:]], 2) for x, y in zip(inputs, structured_inputs(SHAPE, 4))))
+    assert_chunks_agree(other, [384, 500], config, copied)
+    assert_chunks_agree(inputs, [384, 640], config, codes)
+    assert_chunks_agree(other, [500, 640], config, copied)
+    assert codes.length == copied.length == 640

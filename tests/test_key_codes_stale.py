@@ -162,6 +162,9 @@ def test_codes_of_another_config_are_refused(change, message):
     assert codes.length == 384
     codes.clear()
     assert_chunks_agree(inputs, [384, 640], replace(SPARSE, **change), codes)
+    renewed = filled(SPARSE, inputs, renew=True)
+    assert_chunks_agree(inputs, [384, 640], replace(SPARSE, **change), renewed)
+    assert renewed.length == 640
 
 
 @pytest.mark.parametrize(
@@ -174,9 +177,12 @@ def test_codes_of_another_config_are_refused(change, message):
     ],
 )
 def test_codes_of_other_keys_are_refused(change, message):
-    codes = filled(SPARSE, structured_inputs(SHAPE, 0))
+    codes, other = filled(SPARSE, structured_inputs(SHAPE, 0)), structured_inputs(replace(SHAPE, **change), 0)
     with pytest.raises(ValueError, match=f"key_codes must .*{message}; call its clear"):
-        blocks_of(*next_chunk(structured_inputs(replace(SHAPE, **change), 0)), SPARSE, codes)
+        blocks_of(*next_chunk(other), SPARSE, codes)
+    renewed = filled(SPARSE, structured_inputs(SHAPE, 0), renew=True)
+    assert_chunks_agree(other, [384, 640], SPARSE, renewed)
+    assert renewed.length == 640
 
 
 def test_codes_for_a_rough_score_mod_are_others():

@@ -187,10 +187,9 @@ def long_run(model, kind, change, watch=nullcontext):
             return prefill(model, tokens(2, 640, seed=2), None, cache, (320, 320))
 
 
-def without_codes(model, **options):
-    """What `long_run` watches with: calls that know their keys alone, with other options of their config."""
-    config = replace(CONFIG, **options)
-    return lambda: sale_hf.observe(model, lambda call: sale_attention(*call[1:4], config, **call.options))
+def without_codes(model):
+    """What `long_run` watches with: calls that know their keys alone."""
+    return lambda: sale_hf.observe(model, lambda call: sale_attention(*call[1:4], CONFIG, **call.options))
 
 
 @pytest.mark.parametrize(
