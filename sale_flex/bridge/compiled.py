@@ -43,9 +43,15 @@ def facts(key: str) -> Facts:
     return programs.facts(key)
 
 
+_makers = types.ModuleType("makers")
+"""Holds makers by name: unlike a dictionary, Dynamo looks into a module anew each time it is asked for a name."""
+
+
 @torch.compiler.assume_constant_result
-def _maker(key: str) -> Callable[[list[Tensor]], Callable[..., Tensor]]:
-    return maker(key)
+def _maker_name(key: str) -> str:
+    name = key.replace("-", "_")
+    setattr(_makers, name, maker(key))
+    return name
 
 
 def sized(mod: Callable[..., Any] | None, kind: str) -> Callable[..., Any] | None:
@@ -60,7 +66,7 @@ def sized(mod: Callable[..., Any] | None, kind: str) -> Callable[..., Any] | Non
         return mod
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return mod
-    return _maker(key)(mod_tables(key, tensors) if tensors else [])
+    return getattr(_makers, _maker_name(key))(mod_tables(key, tensors) if tensors else [])
 
 
 def describe(mod: Callable[..., Any], kind: str) -> Described:
