@@ -43,6 +43,9 @@ def facts(key: str) -> Facts:
     return programs.facts(key)
 
 
+_STAND_IN = 64
+"""Elements of a stand-in along each dimension: mods may index captured tensors by constants."""
+
 _makers = types.ModuleType("makers")
 """Holds makers by name: unlike a dictionary, Dynamo looks into a module anew each time it is asked for a name."""
 
@@ -63,6 +66,10 @@ def sized(mod: Callable[..., Any] | None, kind: str) -> Callable[..., Any] | Non
     except NotImplementedError:
         return mod  # torch may follow it nevertheless
     if facts(key).unsupported is not None:
+        captured: list[Tensor] = []
+        _sketch(mod, captured, [])
+        for x in captured:
+            tuple([_fixed(size) for size in x.shape])  # no symbols: a program per size, as many as torch allows
         return mod
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return mod
@@ -279,6 +286,8 @@ def _plan(
     except NotImplementedError as error:
         return tuple(_Plan("error", str(error)))
     except Exception as error:
+        if made.tensors and sizes is None:
+            return tuple(_Plan("sizes"))  # it may index what a stand-in does not have
         return tuple(_Plan("error", f"{type(error).__name__}: {error}"))
     return tuple(
         _Plan(
@@ -338,7 +347,7 @@ class _Made:
         return self._function(*parts)
 
     def _tensor(self, dtype: torch.dtype, rank: int, device: torch.device) -> Tensor:
-        sizes = (2,) * rank if self.sizes is None else tuple(self.sizes[len(self.tensors)])
+        sizes = (_STAND_IN,) * rank if self.sizes is None else tuple(self.sizes[len(self.tensors)])
         # Nobody reads it: one element stands for all.
         self.tensors.append(torch.empty((), dtype=dtype, device=device).expand(sizes))
         return self.tensors[-1]
