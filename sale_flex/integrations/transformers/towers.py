@@ -25,7 +25,7 @@ class Towers(NamedTuple):
 
 class _Found(NamedTuple):
     name: str
-    index: int
+    layer: int
     module: torch.nn.Module
 
     @property
@@ -67,9 +67,9 @@ def towers_of(model: torch.nn.Module) -> Towers:
             "model must have attention modules of transformers, with a layer_idx and is_causal, but "
             f"{type(model).__name__} has none."
         )
-    decoding = {(one.place, one.index) for one in found if one.causal}
-    crossed = [one for one in found if not one.causal and (one.place, one.index) in decoding]
-    own = [one for one in found if one.causal or (one.place, one.index) not in decoding]
+    decoding = {(one.place, one.layer) for one in found if one.causal}
+    crossed = [one for one in found if not one.causal and (one.place, one.layer) in decoding]
+    own = [one for one in found if one.causal or (one.place, one.layer) not in decoding]
     if two and _twice(own) is not None:
         encoder += [one.module for one in own if not one.causal]
         own = [one for one in own if one.causal]
@@ -77,12 +77,12 @@ def towers_of(model: torch.nn.Module) -> Towers:
     if second is not None:
         raise ValueError(
             f"model must have one attention module per layer index, but {second.name!r} is the second with index "
-            f"{second.index}; pass the part that is to be sparse, such as model.model.language_model."
+            f"{second.layer}; pass the part that is to be sparse, such as model.model.language_model."
         )
     cross: dict[int, list[torch.nn.Module]] = {}
     for one in crossed:
-        cross.setdefault(one.index, []).append(one.module)
-    layers = {one.index: one.module for one in sorted(own, key=lambda one: one.index)}
+        cross.setdefault(one.layer, []).append(one.module)
+    layers = {one.layer: one.module for one in sorted(own, key=lambda one: one.layer)}
     return Towers(layers, cross, encoder)
 
 
@@ -90,7 +90,7 @@ def _twice(found: list[_Found]) -> _Found | None:
     """The first whose index was there already."""
     seen: Counter[int] = Counter()
     for one in found:
-        seen[one.index] += 1
-        if seen[one.index] > 1:
+        seen[one.layer] += 1
+        if seen[one.layer] > 1:
             return one
     return None
