@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How every test runs: kernels interpreted without a GPU, memory poisoned, Hypothesis profiles."""
 
-import atexit
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,11 +14,6 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Triton reads this when a kernel is decorated, so it has to be there before any kernel is imported.
     os.environ["TRITON_INTERPRET"] = "1"
-
-# What mods are translated to is of no use to others.
-if "SALE_FLEX_CACHE_DIR" not in os.environ:
-    os.environ["SALE_FLEX_CACHE_DIR"] = tempfile.mkdtemp(prefix="sale_flex_mods_")
-    atexit.register(shutil.rmtree, os.environ["SALE_FLEX_CACHE_DIR"], ignore_errors=True)
 
 # No deadline anywhere: the first example of a property compiles what the others reuse.
 settings.register_profile("dev", max_examples=25, deadline=None)
