@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import sale_flex
+from sale_flex.outputs import check_writable
 
 _COMMANDS = {
     "info": ("sale_flex.info", "versions, device, and which path runs here and why"),
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((argument for argument in argv if not argument.startswith("-")), None)
     try:
         args = _parser(command).parse_args(argv)
+        if args.json not in (None, "-"):
+            check_writable("--json", Path(args.json))
         status = int(importlib.import_module(_COMMANDS[args.command][0]).main(args))
         sys.stdout.flush()  # here, where a closed pipe is handled, and not when Python exits
         return status

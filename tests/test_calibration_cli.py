@@ -101,7 +101,7 @@ def test_a_model_that_is_nowhere(text, tmp_path, capsys):
 def test_a_text_that_is_too_short(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("Hello.")
     assert calibrate(tmp_path, tmp_path / "out", "--texts", str(tmp_path / "short.txt")) == 2
-    assert "short.txt: --text has only" in capsys.readouterr().err
+    assert "short.txt: --texts has only 6 bytes, and --lengths asks for 512" in capsys.readouterr().err
 
 
 def test_texts_begin_with_the_first_token(text):

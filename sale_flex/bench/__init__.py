@@ -12,6 +12,7 @@ from pathlib import Path
 from sale_flex.bench.baselines import BASELINES
 from sale_flex.bench.configs import NAMED
 from sale_flex.bench.plan import DTYPES, LENGTHS, SHAPE, make_plan
+from sale_flex.outputs import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +60,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ModuleNotFoundError: A package that an option needs is not installed.
         KeyboardInterrupt: What was finished is in the file.
+        OSError: A file can not be read or written.
     """
     if args.plot:
         from sale_flex.bench.plot import draw
@@ -70,8 +72,8 @@ def main(args: argparse.Namespace) -> int:
     alone = args.json == "-"
     path = None if alone or args.json is None else Path(args.json)
     try:
-        if args.plot and not args.plot.parent.is_dir():
-            raise ValueError(f"--plot {args.plot} is in no folder there is")
+        if args.plot:
+            check_writable("--plot", args.plot)
         plan = make_plan(args)
         results = Results(path)
         with make_progress(plan.size) as progress:

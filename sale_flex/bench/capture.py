@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from sale_flex.bench.plan import DTYPES, find_device, parse_list
+from sale_flex.outputs import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,22 +39,24 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from sale_flex.bench.captured import write_captured
-    from sale_flex.bench.model import capture, load, read_tokens, text_files
+    from sale_flex.bench.model import capture, check_bytes, check_layers, find, load, read_tokens, text_files
     from sale_flex.cli import emit
 
     try:
+        # What is cheap to look at comes first, the model's weights last.
         layers = parse_list("--layers", args.layers, int, "layers, 0 or more", lambda layer: layer >= 0)
         if args.length < 1:
             raise ValueError(f"--length must be 1 or more tokens, got {args.length}")
-        if not args.out.parent.is_dir():
-            raise FileNotFoundError(f"--out {args.out} is in no folder there is")
+        check_writable("--out", args.out)
         device = find_device(args.device)
         dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
         files = text_files(args.text)
-        model, tokenizer = load(args.model, getattr(torch, dtype), device)
-        bos = model.config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        tokens = read_tokens(tokenizer, files, args.length, bos).to(device)
-        captured = capture(model, tokens, layers)
+        check_bytes(files, args.length)
+        checkpoint = find(args.model)
+        check_layers(checkpoint.config, layers)
+        tokens = read_tokens(checkpoint.tokenizer, files, args.length, checkpoint.bos)
+        model, _ = load(args.model, getattr(torch, dtype), device)
+        captured = capture(model, tokens.to(device), layers)
         metadata = write_captured(args.out, captured, args.model)
     except (NotImplementedError, ValueError) as error:
         print(f"sale-flex capture: {error}", file=sys.stderr)

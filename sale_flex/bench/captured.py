@@ -6,6 +6,7 @@ embedding. The metadata's fields are strings: ``model``, ``length`` in tokens, `
 scale of all the layers.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sale_flex.bench.plan import DTYPES
+
 NAMES = ("query", "key", "value")
+_REMEDY = "capture it again: sale-flex capture"
 
 
 class Captured(NamedTuple):
@@ -74,14 +78,53 @@ def read_captured(path: Path, layer: int | None = None) -> tuple[int, Captured]:
         raise FileNotFoundError(f"--qkv {path} is not a file; `sale-flex capture` writes one")
     try:
         with safe_open(path, framework="pt") as file:
-            found = sorted(int(match[1]) for name in file.keys() if (match := re.fullmatch(r"layer(\d+)\.query", name)))  # noqa: SIM118
+            names = set(file.keys())
+            found = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"layer([0-9]+)\.query", name)))
             scale = (file.metadata() or {}).get("scale")
             if not found or scale is None:
                 raise ValueError(f"--qkv {path} has no layers or no softmax scale; is it from `sale-flex capture`?")
             layer = found[0] if layer is None else layer
             if layer not in found:
                 raise ValueError(f"--layer must be one of those in {path}, {found}, got {layer}")
-            query, key, value = (file.get_tensor(f"layer{layer}.{name}") for name in NAMES)
-            return layer, Captured(query, key, value, float(scale))
+            missing = [name for name in _names(layer) if name not in names]
+            if missing:
+                raise ValueError(f"--qkv {path} must hold {' and '.join(missing)} beside the layer's query; {_REMEDY}")
+            query, key, value = map(file.get_tensor, _names(layer))
+            captured = Captured(query, key, value, _read_scale(scale, path))
     except SafetensorError as error:
         raise ValueError(f"--qkv {path} is not a file of `sale-flex capture`: {error}") from None
+    _check_tensors(captured, layer, path)
+    return layer, captured
+
+
+def _names(layer: int) -> list[str]:
+    return [f"layer{layer}.{name}" for name in NAMES]
+
+
+def _read_scale(text: str, path: Path) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"--qkv {path}: scale must be a number above 0 in the metadata, got {text!r}; {_REMEDY}")
+    return scale
+
+
+def _check_tensors(captured: Captured, layer: int, path: Path) -> None:
+    """Raise ValueError unless the tensors are those of one attention call."""
+    query, key, value, _ = captured
+    for name, tensor in zip(_names(layer), (query, key, value)):
+        if tensor.dim() != 4 or 0 in tensor.shape or str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+            raise ValueError(
+                f"--qkv {path}: {name} must have shape [batch, heads, tokens, channels], all above 0, and one of the "
+                f"dtypes {', '.join(DTYPES)}, got {list(tensor.shape)} and {tensor.dtype}; {_REMEDY}"
+            )
+    (batch, heads, *rest), (_, kv_heads, *_) = query.shape, key.shape
+    fits = key.shape == (batch, kv_heads, *rest) and value.shape[:3] == key.shape[:3] and heads % kv_heads == 0
+    if not fits or len({query.dtype, key.dtype, value.dtype}) > 1:
+        raise ValueError(
+            f"--qkv {path}: layer {layer} must have one batch size, one length, one dtype and a number of query heads "
+            f"that its KV heads divide, got query {list(query.shape)}, key {list(key.shape)} and value "
+            f"{list(value.shape)} of {query.dtype}, {key.dtype} and {value.dtype}; {_REMEDY}"
+        )

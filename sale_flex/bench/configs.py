@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The configurations that a benchmark measures: a table of named ones, or a JSON file."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from sale_flex.config import SaleConfig
+from sale_flex.stored import check, read_json, sale_config, shown
 
 MIN_LENGTH = 1024
 """`SaleConfig.min_length` of the named ones, in tokens: the sparse path is what is timed, below the break-even too."""
@@ -45,21 +42,13 @@ def parse_configs(argument: str) -> dict[str, SaleConfig]:
 
 def _read(path: Path) -> dict[str, SaleConfig]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
     except ValueError as error:
         raise ValueError(f"--configs {path} is not JSON: {error}") from None
     if not isinstance(table, dict) or not table or not all(isinstance(entry, dict) for entry in table.values()):
         raise ValueError(f"--configs {path} must map a name to fields of SaleConfig, one object per name")
-    return {name: _config(f"--configs {path}, {name!r}", entry) for name, entry in table.items()}
-
-
-def _config(where: str, entry: Mapping[str, Any]) -> SaleConfig:
-    known = [field.name for field in fields(SaleConfig)]
-    for name in entry:
-        if name not in known:
-            raise ValueError(f"{where}: SaleConfig has no field {name!r}; it has {', '.join(known)}")
-    lists = {name: tuple(value) for name, value in entry.items() if isinstance(value, list)}
-    try:
-        return SaleConfig(**{**entry, **lists})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
+    rule = sale_config(threshold=True, partial=True)
+    return {
+        name: check(entry, rule, f"--configs {path}, {shown(name)}", "mend the file or name configs of the table")
+        for name, entry in table.items()
+    }

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What attention gets in the layers of a transformers model, by transformers' attention interface."""
+"""Models and texts from disk or the hub, and what attention gets in a model's layers, by transformers' interface."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -16,6 +23,33 @@ from sale_flex.bench.captured import Captured
 
 NAME = "sale_flex_capture"
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
+_TOKENS_A_BYTE = 11
+"""At most, and but for odd text less than one: tokens are bytes or longer, and a tokenizer's Unicode normalisation can
+lengthen text by this factor (NFKC in UTF-8, Unicode Standard Annex 15)."""
+
+
+class Checkpoint(NamedTuple):
+    """What is small of a model: all that says whether it and its texts are as wanted, before its weights are read."""
+
+    config: PretrainedConfig
+    tokenizer: Any
+
+    @property
+    def bos(self) -> int | None:
+        """The token that begins a sequence, if there is one."""
+        found = self.tokenizer.bos_token_id
+        return self.config.get_text_config().bos_token_id if found is None else found
+
+
+def find(name: str) -> Checkpoint:
+    """A causal language model's config and tokenizer, from a folder or by its Hugging Face name.
+
+    Raises:
+        OSError: There is none.
+    """
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"model must be a folder or owner/name on the hub, and {name} is no folder")
+    return Checkpoint(AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name))
 
 
 def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, Any]:
@@ -24,43 +58,110 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTraine
     Raises:
         OSError: There is none.
     """
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"model must be a folder or owner/name on the hub, and {name} is no folder")
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = find(name).tokenizer
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     nn.Module.to(model, device)  # transformers' own `to` is annotated as taking a model
     return model.eval(), tokenizer
 
 
-def text_files(paths: Sequence[Path]) -> list[Path]:
+def text_files(paths: Sequence[Path], option: str = "--text") -> list[Path]:
     """The files among `paths`, and the text files in the folders among them, those sorted.
+
+    Args:
+        paths: Files and folders.
+        option: What they are from.
 
     Raises:
         FileNotFoundError: A path is not there, or there is no text file.
+        ValueError: A path is something else.
     """
     files: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"--text {path} is not there")
+            raise FileNotFoundError(f"{option} {path} is not there")
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"{option} {path} must be a file or a folder, got a pipe or a device; write it to a file")
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         files += [file for file in inside if file == path or (file.suffix in TEXT_SUFFIXES and file.is_file())]
     if not files:
-        raise FileNotFoundError(f"--text holds no file that ends in {', '.join(TEXT_SUFFIXES)}")
+        raise FileNotFoundError(f"{option} holds no file that ends in {', '.join(TEXT_SUFFIXES)}")
     return files
 
 
-def read_tokens(tokenizer: Any, files: Sequence[Path], length: int, bos: int | None) -> Tensor:
-    """The token that begins a sequence, if there is one, and the first ones of the files' text, int64 ``[1, length]``.
+def read_text(file: Path) -> str:
+    """A file's text.
 
     Raises:
-        ValueError: The text is too short.
+        ValueError: It is no text in UTF-8, or one with NUL characters, as binary files have.
+    """
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} must be text in UTF-8, and its byte {error.start} is none ({error.reason}); convert it (iconv -t "
+            "utf-8), or leave it out if it is no text"
+        ) from None
+    if "\0" in text:
+        raise ValueError(
+            f"{file} must be text, and holds a NUL character at {text.index(chr(0))}, as binary files do; leave it out"
+        )
+    return text
+
+
+def check_bytes(files: Sequence[Path], length: int, options: tuple[str, str] = ("--text", "--length")) -> None:
+    """Find out without a tokenizer that files are no text, or can not have `length` tokens.
+
+    Args:
+        files: In the order in which they are read; those that are sure to be read are looked at.
+        length: In tokens.
+        options: What the files and the length are from.
+
+    Raises:
+        OSError: A file can not be read.
+        ValueError: A file is no text, or all of them are too short.
+    """
+    # The first token, and what a tokenizer may put before a file, are in no file.
+    size = 0
+    for file in files:
+        size += len(read_text(file).encode())
+        if _TOKENS_A_BYTE * size + len(files) + 1 >= length:
+            return
+    raise ValueError(f"{options[0]} has only {size} bytes, and {options[1]} asks for {length}; add text")
+
+
+def read_tokens(
+    tokenizer: Any,
+    files: Sequence[Path],
+    length: int,
+    bos: int | None,
+    options: tuple[str, str] = ("--text", "--length"),
+) -> Tensor:
+    """The token that begins a sequence, if there is one, and the first ones of the files' text, int64 ``[1, length]``.
+
+    Args:
+        tokenizer: Of the model.
+        files: In their order.
+        length: In tokens.
+        bos: The first token.
+        options: What the files and the length are from.
+
+    Raises:
+        ValueError: A file is no text, or all of them are too short.
     """
     tokens = [] if bos is None else [bos]
     for file in files:
-        tokens += tokenizer(file.read_text("utf-8", errors="ignore"), add_special_tokens=False).input_ids
+        tokens += tokenizer(read_text(file), add_special_tokens=False).input_ids
         if len(tokens) >= length:
             return torch.tensor([tokens[:length]])
-    raise ValueError(f"--text has only {len(tokens)} tokens, and --length asks for {length}; add text")
+    raise ValueError(f"{options[0]} has only {len(tokens)} tokens, and {options[1]} asks for {length}; add text")
+
+
+def check_layers(config: PretrainedConfig, layers: Collection[int]) -> None:
+    """Raise ValueError, in the words of the command line, unless a model has these layers."""
+    count = config.get_text_config().num_hidden_layers
+    for layer in layers:
+        if not 0 <= layer < count:
+            raise ValueError(f"--layers must be in [0, {count}), which are the model's, got {layer}")
 
 
 @torch.inference_mode()
@@ -82,10 +183,7 @@ def capture(
         ValueError: The model has no such layer.
         NotImplementedError: Such a layer's attention is no plain causal softmax of scaled products.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    for layer in layers:
-        if not 0 <= layer < count:
-            raise ValueError(f"--layers must be in [0, {count}), which are the model's, got {layer}")
+    check_layers(model.config, layers)
     found: dict[int, Captured] = {}
 
     def attend(

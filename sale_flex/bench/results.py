@@ -7,6 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sale_flex.bench.stages import WHOLE
+from sale_flex.stored import (
+    Rule,
+    above_zero,
+    anything,
+    by_name,
+    check,
+    each,
+    flag,
+    integer,
+    number,
+    optional,
+    plain,
+    read_json,
+    record,
+    text,
+)
+
 Row = dict[str, Any]
 """One candidate of one setting: what was asked for, what came of it, and where (`provenance`)."""
 
@@ -21,6 +39,28 @@ SETTING = (
 def setting_key(row: Mapping[str, Any]) -> str:
     """The setting of a row, as a string that is equal for equal settings."""
     return json.dumps([row.get(name) for name in SETTING])
+
+
+_MEND, _AGAIN = "mend the field or name another file", "measure it again by --fresh or name another file"
+
+_count, _amount = integer(1), number()
+_time = number("above 0 and finite", above_zero)
+_ratio = optional(_time)
+_FIELDS: dict[str, Rule] = {
+    **dict.fromkeys(("length", "batch", "heads", "kv_heads", "head_dim"), _count),
+    **dict.fromkeys(("inputs", "dtype", "config", "device", "torch", "sale_flex", "command", "name"), text),
+    **dict.fromkeys(("cuda", "triton", "transformers", "commit", "not_run", "path"), optional(text)),
+    **dict.fromkeys(("target_density", "threshold", "density"), optional(_amount)),
+    **dict.fromkeys(("extra_bytes", "extra_over_query", "error", "error_usual", "error_to_dense"), optional(_amount)),
+    **dict.fromkeys(("outliers", "dropped"), optional(integer(0))),
+    "seed": optional(plain("an integer", lambda value: type(value) is int)),
+    "config_fields": by_name(anything),
+    "baselines": each(text),
+    "keep_compiled": flag,
+    "ms": _ratio,
+    "ms_all": optional(each(_time)),
+}
+"""Name -> rule of every field but the ratios to the baselines, ``over_...``."""
 
 
 class Results:
@@ -40,8 +80,15 @@ class Results:
         self._write()
 
     def find(self, key: str) -> list[Row] | None:
-        """The rows of a setting, None if it has not been measured."""
-        return self._rows.get(key)
+        """The rows of a setting, None if it has not been measured.
+
+        Raises:
+            ValueError: The file's rows lack what is shown of them.
+        """
+        rows = self._rows.get(key)
+        if rows is not None and self._path is not None:
+            _check_whole(rows, self._path)
+        return rows
 
     def put(self, rows: Sequence[Row]) -> None:
         """Add a setting's rows, in the place of older ones, and write the file."""
@@ -63,9 +110,22 @@ class Results:
 
 def _read(path: Path) -> list[Row]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path)
     except ValueError as error:
         raise ValueError(f"--json {path} is there and is not JSON ({error}); name another file") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "config_fields" in row for row in rows):
         raise ValueError(f"--json {path} is there and holds something else than benchmark rows; name another file")
+    check(rows, each(record(_FIELDS, partial=True)), f"--json {path}", _MEND)
     return rows
+
+
+def _check_whole(rows: Sequence[Row], path: Path) -> None:
+    """Raise ValueError unless a setting's rows have all that is shown of them."""
+    over = {f"over_{name}": _ratio for name in rows[0].get("baselines", ())}
+    file = f"--json {path}, {rows[0].get('length')} tokens, {rows[0].get('config')}"
+    check(list(rows), each(record(_FIELDS | over)), file, _AGAIN)
+    names = [row["name"] for row in rows]
+    if names.count(WHOLE) != 1:
+        raise ValueError(f"{file}: name must be {WHOLE!r} in one of the rows, got {names}; {_AGAIN}")
+    if any(row["ms"] is not None and row["density"] is None for row in rows):
+        raise ValueError(f"{file}: density must be a number where ms is one, got None; {_AGAIN}")

@@ -3,6 +3,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,15 +13,12 @@ import torch
 from torch import Tensor
 
 from sale_flex.block_mask import EVERY_ROW
-from sale_flex.calibration.evaluation import Evaluation, Text
-from sale_flex.calibration.files import read_json, write_json
+from sale_flex.calibration.evaluation import Evaluation
+from sale_flex.calibration.files import CONFIG, FORMAT, TENSORS, write_json
 from sale_flex.calibration.goal import Goal
+from sale_flex.calibration.reader import read_fields
+from sale_flex.calibration.weights import Weights, differing, fingerprint
 from sale_flex.config import SaleConfig
-
-FORMAT = 1
-"""Version of the files; readers refuse others."""
-
-CONFIG, TENSORS = "config.json", "thresholds.safetensors"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,6 +54,9 @@ class Calibration:
     """What the thresholds come to on texts of another kind."""
     versions: Mapping[str, str] | None = None
     """Package -> version, in the calibration."""
+    weights: Weights | None = None
+    """Hashes of the model's weights by part and dtype; None where they could not be had
+    (`sale_flex.calibration.weights.fingerprint`)."""
 
     def __post_init__(self) -> None:
         if self.thresholds.dim() != 2 or len(self.thresholds) != len(self.layers):
@@ -125,6 +126,29 @@ class Calibration:
                 f"model has layers {_ranges(sorted(layers))} with {theirs}; calibrate this model: sale-flex calibrate."
             )
 
+    def check_weights(self, model: torch.nn.Module) -> None:
+        """Warn if a model has other weights than the one that was calibrated.
+
+        The dtype in which it was loaded makes no difference, nor does its device. Nothing is said where the weights of
+        one of the two could not be hashed: under tensor parallelism, with weights offloaded, or in a tensor type of
+        their own.
+
+        Args:
+            model: A model of transformers, or the part of one with all its attention layers.
+
+        Warns:
+            UserWarning: It has; the message names the parts.
+        """
+        others = differing(self.weights, fingerprint(model))
+        if others:
+            warnings.warn(
+                f"the calibration is of {self.model} with weights other than this model's: {' and '.join(others)} "
+                f"differ. Its thresholds may leave errors above {self.goal.target:g} here; calibrate this model: "
+                "sale-flex calibrate. (So does a float32 checkpoint that was loaded as bfloat16 there and as float16 "
+                "here, or the other way round.)",
+                stacklevel=3,
+            )
+
     def __str__(self) -> str:
         rows, heads = self.thresholds.shape
         config, goal = self.config, self.goal
@@ -157,6 +181,7 @@ class Calibration:
             "revision": self.revision,
             "dtype": self.dtype,
             "device": self.device,
+            "weights": None if self.weights is None else {part: dict(each) for part, each in self.weights.items()},
             "layers": list(self.layers),
             "heads": self.thresholds.shape[1],
             "config": config_dict(self.config),
@@ -214,55 +239,7 @@ class Calibration:
 
             found = snapshot_download(str(folder_or_repo_id), revision=revision, allow_patterns=[CONFIG, TENSORS])
             folder = Path(found)
-        return cls._read(folder)
-
-    @classmethod
-    def _read(cls, folder: Path) -> Self:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        stored = read_json(folder / CONFIG, "calibration")
-        if stored.get("format") != FORMAT:
-            raise ValueError(
-                f"{folder / CONFIG} must be of format {FORMAT}, got {stored.get('format')!r}; "
-                "take the version of sale_flex that wrote it, or calibrate again."
-            )
-        if not (folder / TENSORS).is_file():
-            raise FileNotFoundError(f"{folder} is no calibration: it has no {TENSORS}; calibrate again.")
-        try:
-            tensors = load_file(folder / TENSORS)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / TENSORS} is no safetensors file: {error}; calibrate again.") from None
-        try:
-            shape = (len(stored["layers"]), stored["heads"])
-            kinds = ("", "transfer_") if stored["transfer"] else ("",)
-            names = ["thresholds", *(f"{kind}{name}" for kind in kinds for name in ("errors", "densities"))]
-            for name in names:
-                if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
-                    raise ValueError(
-                        f"{folder / TENSORS} must hold {name} as float32 {list(shape)}, as {CONFIG} says, got "
-                        f"{tensors[name].dtype} {list(tensors[name].shape)}; calibrate again."
-                    )
-            ons = [
-                Evaluation(tensors[f"{kind}errors"], tensors[f"{kind}densities"], _texts(stored[key]))
-                for kind, key in zip(kinds, ("on", "transfer"))
-            ]
-            return cls(
-                config=config_from(stored["config"]),
-                thresholds=tensors["thresholds"],
-                layers=tuple(stored["layers"]),
-                goal=Goal(stored["target"], stored["error"], stored["search"]),
-                on=ons[0],
-                model=stored["model"],
-                revision=stored["revision"],
-                dtype=stored["dtype"],
-                device=stored["device"],
-                unused=tuple(stored["unused"]),
-                transfer=ons[1] if len(ons) > 1 else None,
-                versions=stored["versions"],
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder} is an incomplete calibration: {error!s}; calibrate again.") from None
+        return cls(**read_fields(folder))
 
     def push_to_hub(
         self,
@@ -312,15 +289,6 @@ def config_dict(config: SaleConfig) -> dict[str, Any]:
     """What is stored of a config: all but the threshold."""
     stored = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "threshold"}
     return json.loads(json.dumps(stored))
-
-
-def config_from(stored: Mapping[str, Any]) -> SaleConfig:
-    """A config from what is stored of it."""
-    return SaleConfig(**{**stored, "block_size": tuple(stored["block_size"])})
-
-
-def _texts(stored: Mapping[str, Any]) -> tuple[Text, ...]:
-    return tuple(Text(**{**text, "shape": tuple(text["shape"])}) for text in stored["texts"])
 
 
 def _ranges(layers: tuple[int, ...] | list[int]) -> str:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sale_flex.bench.plan import DTYPES, find_device, parse_list
-from sale_flex.calibration.goal import ERRORS, SEARCHES
+from sale_flex.calibration.goal import ERRORS, SEARCHES, Goal
+from sale_flex.calibration.record import check_free
 from sale_flex.config import BLOCK_SIZES, ESTIMATORS, METRICS, SaleConfig
+from sale_flex.outputs import check_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,18 +62,21 @@ def main(args: argparse.Namespace) -> int:
 
     Raises:
         KeyboardInterrupt: What was finished is in the folder.
+        OSError: A file is not there, or can not be read or written.
         ModuleNotFoundError: transformers or safetensors is not installed.
     """
     import safetensors  # noqa: F401 - before the work, not behind it
     import torch
 
-    from sale_flex.bench.model import load
+    from sale_flex.bench.model import find, load
     from sale_flex.calibration.run import calibrate
     from sale_flex.calibration.table import payload
     from sale_flex.cli import emit
 
     try:
+        # What is cheap to look at comes first, the model's weights last.
         lengths = parse_list("--lengths", args.lengths, int, "numbers of tokens, 2 or more", lambda x: x >= 2)
+        Goal(args.target, args.error, args.search)
         rows, keys = map(int, args.block_size.split(","))
         config = SaleConfig(
             metric=args.metric,
@@ -80,19 +85,29 @@ def main(args: argparse.Namespace) -> int:
             block_size=(rows, keys),
             min_length=args.min_length,
         )
+        check_folder("--out", args.out)
+        check_free(args.out, args.resume)
         device = find_device(args.device)
         dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-        model, tokenizer = load(args.model, getattr(torch, dtype), device)
+        given = {"--texts": args.texts} | ({"--transfer": args.transfer} if args.transfer else {})
+        for option, paths in given.items():
+            check_texts(option, paths, lengths)
+        checkpoint = find(args.model)
+        texts = {
+            option: read_texts(option, paths, lengths, checkpoint, checkpoint.tokenizer)
+            for option, paths in given.items()
+        }
+        model, _ = load(args.model, getattr(torch, dtype), device)
         calibration = calibrate(
             model,
-            read_texts("--texts", args.texts, lengths, model, tokenizer),
+            texts["--texts"],
             config=config,
             target=args.target,
             error=args.error,
             search=args.search,
             out=args.out,
             resume=args.resume,
-            transfer=args.transfer and read_texts("--transfer", args.transfer, lengths, model, tokenizer),
+            transfer=texts.get("--transfer"),
         )
     except (NotImplementedError, TypeError, ValueError) as error:
         print(f"sale-flex calibrate: {error}", file=sys.stderr)
@@ -105,6 +120,24 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_texts(option: str, paths: list[Path], lengths: list[int]) -> None:
+    """Find out without a model whether paths are texts, and not far too short.
+
+    Args:
+        option: What the paths are from.
+        paths: Files, or folders of text files.
+        lengths: In tokens.
+
+    Raises:
+        OSError: A path is not there or can not be read, or a folder has no text.
+        ValueError: A path holds something else, or too little.
+    """
+    from sale_flex.bench.model import check_bytes, text_files
+
+    for path in paths:
+        check_bytes(text_files([path], option), max(lengths), _names(option, path))
+
+
 def read_texts(option: str, paths: list[Path], lengths: list[int], model: Any, tokenizer: Any) -> list[Any]:
     """A text for every path and length: the token that begins one, if there is one, and the first of the path's.
 
@@ -112,27 +145,30 @@ def read_texts(option: str, paths: list[Path], lengths: list[int], model: Any, t
         option: What the paths are from.
         paths: Files, or folders of text files.
         lengths: In tokens.
-        model: The model, for its longest text.
+        model: What has the model's config, for its longest text.
         tokenizer: Its tokenizer.
 
     Returns:
         int64 ``[1, length]`` each.
 
     Raises:
-        FileNotFoundError: A path is not there, or a folder has no text.
-        ValueError: A text is too short, or a length is too long for the model.
+        OSError: A path is not there or can not be read, or a folder has no text.
+        ValueError: A path holds something else, or too little, or a length is too long for the model.
     """
     from sale_flex.bench.model import read_tokens, text_files
 
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and max(lengths) > longest:
         raise ValueError(f"--lengths must be at most {longest} tokens, what the model reads, got {max(lengths)}")
-    bos = model.config.get_text_config().bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    bos = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     found = []
     for path in paths:
-        try:
-            tokens = read_tokens(tokenizer, text_files([path]), max(lengths), bos)
-        except ValueError as error:
-            raise ValueError(f"{option} {path}: {error}") from None
+        tokens = read_tokens(tokenizer, text_files([path], option), max(lengths), bos, _names(option, path))
         found += [tokens[:, :length] for length in lengths]
     return found
+
+
+def _names(option: str, path: Path) -> tuple[str, str]:
+    """What messages call a text and its length."""
+    return f"{path}: {option}", "--lengths"

@@ -6,6 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sale_flex.stored import read_json
+
+FORMAT = 1
+"""Version of a calibration's files; readers refuse others."""
+
+CONFIG, TENSORS = "config.json", "thresholds.safetensors"
+"""Their names."""
+
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one step."""
@@ -17,7 +25,7 @@ def write_json(path: Path, content: Any) -> None:
         draft.unlink(missing_ok=True)
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_object(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
@@ -27,7 +35,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is no {what}: it has no {path.name}.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); it is of no {what}.") from None
     if not isinstance(content, dict):

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sale_flex.calibration.artefact import CONFIG, Calibration, config_dict
+from sale_flex.calibration.artefact import Calibration, config_dict
 from sale_flex.calibration.evaluation import Evaluation
+from sale_flex.calibration.files import CONFIG
 from sale_flex.calibration.goal import Goal
 from sale_flex.calibration.model import prepared
-from sale_flex.calibration.record import RECORD, TRANSFER_RECORD, Record, check_same
+from sale_flex.calibration.record import RECORD, TRANSFER_RECORD, Record, check_free, check_same
 from sale_flex.calibration.texts import Tokens, as_texts
+from sale_flex.calibration.weights import fingerprint
 from sale_flex.calibration.work import Work
 from sale_flex.config import SaleConfig
 
@@ -49,8 +51,10 @@ def calibrate(
         error: ``"relative"``: ``|o - o_dense|`` summed, as a share of ``|o_dense|`` summed. ``"absolute"``: summed over
             channels, averaged over tokens, as published (arXiv 2505.24179, section 3.3).
         search: ``"bisection"`` of steps from 2**-14 to 1, eight to an octave; or ``"halving"`` from 0.008 as published.
-        out: Folder that gets the result, and after each layer what was found so far.
-        resume: Go on with what an interrupted call left in `out`, or return what a finished one did.
+        out: Folder that gets the result, and after each layer what was found so far. It must hold no calibration,
+            unless `resume` goes on with it.
+        resume: Go on with what an interrupted call left in `out`, or return what a finished one did. Both must be of
+            the same settings, texts and weights.
         progress: Who is told; by default a bar or lines on standard error.
         transfer: Texts of another kind, on which the result is evaluated too.
 
@@ -58,8 +62,8 @@ def calibrate(
         The calibration, also written to `out`.
 
     Raises:
-        TypeError, ValueError: An argument breaks its rule, or `resume` finds other settings or texts; the message names
-            them.
+        TypeError, ValueError: An argument breaks its rule, or `resume` finds other settings, texts or weights, or files
+            with something else in them; the message names it.
         NotImplementedError: The model runs tensor parallel, or its layers differ in heads.
         ModuleNotFoundError: transformers, or for `out` safetensors, is not installed.
     """
@@ -69,6 +73,7 @@ def calibrate(
     if resume and out is None:
         raise ValueError("resume needs the folder of the interrupted calibration: pass out too.")
     if out is not None:
+        check_free(Path(out), resume)
         import safetensors.torch  # noqa: F401 - a missing package shows before the work, not behind it
     texts = as_texts(batches)
     others = None if transfer is None else as_texts(transfer, "transfer")
@@ -108,11 +113,15 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: An argument breaks its rule, or the calibration is of a model of another shape.
+
+    Warns:
+        UserWarning: The calibration is of a model with other weights.
     """
     texts = as_texts(batches)
     thresholds = dict(zip(calibration.layers, calibration.thresholds))
     with prepared(model) as layers:
         calibration.check_fits(layers)
+        calibration.check_weights(model)
         record = Record(None, RECORD, {}, len(texts), False)
         work = Work(model, layers, texts, calibration.config, calibration.goal, record)
         with _meter(progress, work.steps(search=False)) as meter:
@@ -132,6 +141,7 @@ def _settings(
         "revision": getattr(model.config, "_commit_hash", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
+        "weights": fingerprint(model),
         "layers": list(layers),
         "heads": next(iter(layers.values())),
         "config": config_dict(config),
@@ -150,7 +160,19 @@ def _settings(
 def _settings_of(calibration: Calibration) -> dict[str, Any]:
     """The settings of a finished calibration, as `_settings` has them."""
     stored = calibration.to_dict()
-    names = ("model", "revision", "dtype", "device", "layers", "heads", "config", "target", "error", "search")
+    names = (
+        "model",
+        "revision",
+        "dtype",
+        "device",
+        "weights",
+        "layers",
+        "heads",
+        "config",
+        "target",
+        "error",
+        "search",
+    )
     hashes = [text.sha256 for text in calibration.on.texts]
     return {name: stored[name] for name in names} | {"texts": hashes, "versions": stored["versions"]}
 

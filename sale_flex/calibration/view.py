@@ -5,6 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from sale_flex.outputs import check_writable
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
@@ -33,8 +35,8 @@ def main(args: argparse.Namespace) -> int:
     from sale_flex.cli import emit
 
     try:
-        if args.plot and not args.plot.parent.is_dir():
-            raise ValueError(f"--plot {args.plot} is in no folder there is")
+        if args.plot:
+            check_writable("--plot", args.plot)
         calibration = Calibration.from_pretrained(args.calibration, revision=args.revision)
     except ValueError as error:
         print(f"sale-flex inspect: {error}", file=sys.stderr)

@@ -64,7 +64,7 @@ class Work:
             goal=self.goal,
             on=self.evaluation(),
             unused=tuple(n for n in self.layers if all(found[str(n)] is None for found in self.record.found)),
-            **{name: settings[name] for name in ("model", "revision", "dtype", "device", "versions")},
+            **{name: settings[name] for name in ("model", "revision", "dtype", "device", "weights", "versions")},
         )
 
     def evaluate(self, thresholds: dict[int, Tensor], meter: "Lines") -> Evaluation:

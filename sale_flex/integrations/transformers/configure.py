@@ -36,33 +36,46 @@ class ConfigByLayer(Protocol):
         """The config of a layer, with a threshold for every query head of the model."""
 
 
+@runtime_checkable
+class ConfigOfWeights(ConfigByLayer, Protocol):
+    """One that also knows of which weights it holds, such as a `sale_flex.Calibration`."""
+
+    def check_weights(self, model: torch.nn.Module) -> None:
+        """Warn if the model has others."""
+
+
 def configure(
     model: torch.nn.Module,
     config: SaleConfig | ConfigByLayer | Mapping[int, SaleConfig | None] = SaleConfig(),  # noqa: B008 - frozen
 ) -> None:
     """Say what a model's attention layers keep, and begin to count what they do.
 
-    The model may be on any device, offloaded, or not loaded yet: counts and thresholds are where a layer runs from its
-    first call on.
+        The model may be on any device, offloaded, or not loaded yet: counts and thresholds are where a layer runs from its
+        first call on.
 
-    Of an encoder-decoder, layers are the decoder's self-attention. Its cross-attention stays dense and counts as such
-    in the layer that it is in; its encoder stays dense, unless it is configured afterwards, as a part.
+        Of an encoder-decoder, layers are the decoder's self-attention. Its cross-attention stays dense and counts as such
+        in the layer that it is in; its encoder stays dense, unless it is configured afterwards, as a part.
 
-    Args:
-        model: A model of transformers with ``attn_implementation="sale_flex"``, or a part of one.
-        config: One for all layers; a `Calibration`, with thresholds per layer and head; or a mapping from layer indices
-            to configs, of which None makes a layer dense. Thresholds per head are for all heads: under tensor
-            parallelism each process takes those of its own.
+        Args:
+            model: A model of transformers with ``attn_implementation="sale_flex"``, or a part of one.
+            config: One for all layers; a `Calibration`, with thresholds per layer and head; or a mapping from layer indices
+                to configs, of which None makes a layer dense. Thresholds per head are for all heads: under tensor
+                parallelism each process takes those of its own.
 
-    Raises:
-        TypeError, ValueError: `config` does not fit the model; the message names both. The model is left as it was.
-        ValueError: A layer runs another attn_implementation.
-        UnsupportedModelError: sale_flex does not compute the model's attention; a ValueError and NotImplementedError.
-    """
+        Raises:
+            TypeError, ValueError: `config` does not fit the model; the message names both. The model is left as it was.
+                ValueError: A layer runs another attn_implementation.
+            UnsupportedModelError: sale_flex does not compute the model's attention; a ValueError and NotImplementedError.
+    
+        Warns:
+            UserWarning: A `Calibration` is of a model with other weights.
+        """
     layers, cross, encoder = towers_of(model)
     check_implementation(layers)
     heads = {index: query_heads(module) for index, module in layers.items()}
     configs = _per_layer(config, heads)
+    if isinstance(config, ConfigOfWeights):
+        config.check_weights(model)
     states = {}
     for index, module in layers.items():
         device = device_of(module)
