@@ -22,6 +22,7 @@ from sale_flex.stored import (
     plain,
     read_json,
     record,
+    shown,
     text,
 )
 
@@ -121,9 +122,15 @@ def _read(path: Path) -> list[Row]:
 
 def _check_whole(rows: Sequence[Row], path: Path) -> None:
     """Raise ValueError unless a setting's rows have all that is shown of them."""
-    over = {f"over_{name}": _ratio for name in rows[0].get("baselines", ())}
     file = f"--json {path}, {rows[0].get('length')} tokens, {rows[0].get('config')}"
-    check(list(rows), each(record(_FIELDS | over)), file, _AGAIN)
+    check(list(rows), each(record(_FIELDS)), file, _AGAIN)
+    over = {f"over_{name}": _ratio for name in rows[0]["baselines"]}
+    if any(name not in row for name in over for row in rows):
+        raise ValueError(
+            f"{file}: baselines must be names with a ratio to each in every row, {', '.join(over)}, got "
+            f"{shown(rows[0]['baselines'])}; {_AGAIN}"
+        )
+    check(list(rows), each(record(over)), file, _AGAIN)
     names = [row["name"] for row in rows]
     if names.count(WHOLE) != 1:
         raise ValueError(f"{file}: name must be {WHOLE!r} in one of the rows, got {names}; {_AGAIN}")
