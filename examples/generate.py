@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import sale_flex.integrations.transformers as sale_hf
 from sale_flex import SaleConfig
+from sale_flex.bench.model import read_text
 from sale_flex.demo.model import PACKAGED
 from sale_flex.demo.prompt import held_out_texts
 
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     sale_hf.register()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load(args.model, device)
-    texts = held_out_texts() if args.text is None else [file.read_text("utf-8") for file in args.text]
+    texts = held_out_texts() if args.text is None else [read_text(file) for file in args.text]
     ids = prompt(tokenizer, args.tokens, texts).to(device)
     answers = {}
     for name in ("sdpa", "sale_flex"):

@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 import sale_flex
 from sale_flex import SaleConfig, SaleStats
 from sale_flex.bench.captured import Captured
+from sale_flex.bench.model import read_text
 from sale_flex.block_mask import make_bounds
 from sale_flex.geometry import Grid, always_blocks
 from sale_flex.reference import keep_map
@@ -119,7 +120,7 @@ def text_tokens(
     first = rng.randrange(len(files)) if files else 0
     order = files[first:] + files[:first]
     for number, file in enumerate(order, 1):
-        text = file.read_text("utf-8", errors="ignore")
+        text = read_text(file)
         ids, spans = encode(tokenizer, text)
         breaks += [len(tokens) + i for i, (start, _) in enumerate(spans) if text[start : start + 1] == "\n"]
         tokens += ids
