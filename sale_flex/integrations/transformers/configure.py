@@ -50,26 +50,26 @@ def configure(
 ) -> None:
     """Say what a model's attention layers keep, and begin to count what they do.
 
-        The model may be on any device, offloaded, or not loaded yet: counts and thresholds are where a layer runs from its
-        first call on.
+    The model may be on any device, offloaded, or not loaded yet: counts and thresholds are where a layer runs from its
+    first call on.
 
-        Of an encoder-decoder, layers are the decoder's self-attention. Its cross-attention stays dense and counts as such
-        in the layer that it is in; its encoder stays dense, unless it is configured afterwards, as a part.
+    Of an encoder-decoder, layers are the decoder's self-attention. Its cross-attention stays dense and counts as such
+    in the layer that it is in; its encoder stays dense, unless it is configured afterwards, as a part.
 
-        Args:
-            model: A model of transformers with ``attn_implementation="sale_flex"``, or a part of one.
-            config: One for all layers; a `Calibration`, with thresholds per layer and head; or a mapping from layer indices
-                to configs, of which None makes a layer dense. Thresholds per head are for all heads: under tensor
-                parallelism each process takes those of its own.
+    Args:
+        model: A model of transformers with ``attn_implementation="sale_flex"``, or a part of one.
+        config: One for all layers; a `Calibration`, with thresholds per layer and head; or a mapping from layer indices
+            to configs, of which None makes a layer dense. Thresholds per head are for all heads: under tensor
+            parallelism each process takes those of its own.
 
-        Raises:
-            TypeError, ValueError: `config` does not fit the model; the message names both. The model is left as it was.
-                ValueError: A layer runs another attn_implementation.
-            UnsupportedModelError: sale_flex does not compute the model's attention; a ValueError and NotImplementedError.
-    
-        Warns:
-            UserWarning: A `Calibration` is of a model with other weights.
-        """
+    Raises:
+        TypeError, ValueError: `config` does not fit the model; the message names both. The model is left as it was.
+        ValueError: A layer runs another attn_implementation.
+        UnsupportedModelError: sale_flex does not compute the model's attention; a ValueError and NotImplementedError.
+
+    Warns:
+        UserWarning: A `Calibration` is of a model with other weights.
+    """
     layers, cross, encoder = towers_of(model)
     check_implementation(layers)
     heads = {index: query_heads(module) for index, module in layers.items()}
