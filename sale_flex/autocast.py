@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Asked once: torch.compile traces no such question in torch 2.11.
+_DEVICE_TYPES = frozenset(x for x in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(x))
+
 
 def autocast_inputs(query: Any, *others: Any) -> tuple[Any, ...]:
     """What autocast makes of the inputs of scaled_dot_product_attention; where it is off, they stay as they are.
@@ -39,7 +42,7 @@ def _applies(query: Any) -> bool:
     if not isinstance(query, Tensor):
         return False
     device = query.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _DEVICE_TYPES and torch.is_autocast_enabled(device)
 
 
 def _is_cast(x: Any) -> bool:

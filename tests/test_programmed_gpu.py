@@ -177,7 +177,7 @@ def test_sinks_take_their_share():
 
 @pytest.mark.parametrize("program", [None, "documents", "alibi", "soft cap"])
 def test_gradients_are_those_of_dense_attention_under_the_mask(program):
-    shape = Shape(700, 700, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
+    shape = Shape(1000, 1000, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
     config = replace(SPARSE, block_size=(128, 128), threshold=0.2)
     options = {} if program is None else PROGRAMS[program](shape, "cuda")
     inputs = on_gpu(selective_inputs(shape, 1))
@@ -194,7 +194,7 @@ def test_gradients_are_those_of_dense_attention_under_the_mask(program):
     assert_selective(stats.density)
     made = block_map(mask)
     how = {
-        "bounds": reference.make_bounds(1, 700, 700, device="cuda"),
+        "bounds": reference.make_bounds(1, 1000, 1000, device="cuda"),
         "block_size": (128, 128),
         "scale": 128**-0.5,
         **options,
@@ -305,8 +305,8 @@ def test_a_window_at_length_has_bounded_lists_and_drops_nothing():
     query, key = (
         torch.randn(1, heads, length, 64, device="cuda", dtype=torch.bfloat16, generator=generator) for heads in (4, 1)
     )
-    # A window of 64 blocks whose masses spread around 1/64.
-    config = replace(SPARSE, threshold=1 / 64)
+    # A window of 64 blocks: some rows have a little more than 1/64 of their mass in one.
+    config = replace(SPARSE, threshold=0.02)
     mask, stats = create_sale_block_mask(query, key, config, mask_mod=mods.sliding_window(4096), stats=True)
     assert mask.kv_indices.shape[3] < length // 64
     assert int(stats.dropped_blocks.sum()) == 0
