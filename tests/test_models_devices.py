@@ -23,7 +23,6 @@ from models_harness import (
     assert_calls,
     assert_close,
     build,
-    config_of,
     make_cache,
     prefill,
     shared,
@@ -96,9 +95,7 @@ def test_layers_that_are_fetched_from_the_hosts_memory(config):
 @CONFIGS
 @pytest.mark.parametrize("loaded", ["to_empty", "assign"])
 def test_a_model_that_is_loaded_after_it_was_configured(loaded, config):
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config_of(LLAMA)).eval()
-    model.set_attn_implementation(sale_hf.NAME)
+    model = build(LLAMA, sale_hf.NAME).to("meta")
     with torch.device("meta"):
         sale_hf.configure(model, config)
     if loaded == "to_empty":
