@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import sale_flex.integrations.transformers as sale_hf
 
@@ -16,6 +17,8 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from models_harness import (
     BY_NAME,
     DECODERS,
+    LENGTH,
+    PADDED,
     PADDINGS,
     assert_calls,
     assert_close,
@@ -67,6 +70,18 @@ def test_heads_of_a_size_that_no_kernel_has():
     assert_close(prefill(model, tokens()), prefill(dense, tokens()))
     assert_calls(model, family, sparse=1)
     assert_sparse_paths(model)
+
+
+def test_padding_gets_zeros_from_attention_where_sdpa_lets_it_attend():
+    outputs, mask = [], padding_mask("right")
+    for implementation in (sale_hf.NAME, "sdpa"):
+        model = build(BY_NAME["Llama"], implementation)
+        model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
+        prefill(model, tokens(), mask)
+    ours, theirs = outputs
+    assert torch.equal(ours[0, LENGTH - PADDED :], torch.zeros(PADDED, 128))
+    assert theirs[0, LENGTH - PADDED :].any(-1).all()
+    assert_close(ours, theirs, mask)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
