@@ -3,7 +3,6 @@
 
 import inspect
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -42,8 +41,7 @@ def test_a_cache_is_found_under_every_name_that_a_release_takes(name):
     if name == "cache" != CACHE:
         pytest.skip("this release of transformers has one name for it")
     model, cache = llama(), DynamicCache()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+    with torch.no_grad():
         for n in range(2):
             model(tokens(1, 128, seed=n), **{name: cache})
     assert [codes.length for codes in stores_of(cache).values()] == [256] * LAYERS

@@ -30,6 +30,7 @@ from models_harness import (
     check_prefill,
     check_second_turn,
     generate_cases,
+    packed_positions,
     padding_mask,
     prefill,
     prefill_cases,
@@ -62,6 +63,17 @@ def test_packed_documents_do_not_see_each_other(family):
 
 def test_one_packed_row():
     check_packed(BY_NAME["Llama"], (31, 1, 96, 32))
+
+
+def test_packed_rows_of_other_lengths_one_after_another():
+    """Sizes of what masks capture change then, beside the lengths of queries and keys."""
+    family = BY_NAME["Llama"]
+    model = build(family, sale_hf.NAME)
+    for length in (320, 192, 256):
+        ids, positions = tokens(1, length), packed_positions((100, length - 100))
+        output, expected = (prefill(each, ids, position_ids=positions) for each in (model, shared(family)))
+        assert_close(output, expected)
+    assert_calls(model, family, sparse=3)
 
 
 def test_heads_of_a_size_that_no_kernel_has():
