@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask
 
 from sale_flex import SaleConfig, flex, sale_attention
-from sale_flex.bridge import sized
+from sale_flex.bridge import describe, program, sized
+from sale_flex.bridge.sized import mod_tables
 from sale_flex.testing import assert_attention_close
 
 CONFIG = SaleConfig()
@@ -126,6 +127,24 @@ def test_one_program_serves_all_sizes(make, programs, monkeypatch):
     for length in LENGTHS:
         sale_attention(*tensors(length), CONFIG, mask_mod=make(length), causal=False)
     assert programs.cache_info().currsize == 1
+
+
+def test_the_op_of_captured_tensors():
+    for make in (two_ranks, sizes_read):
+        key, captured, _ = describe(make(160), "mask")
+        torch.library.opcheck(torch.ops.sale_flex.mod_tables.default, (key, captured))
+        *tables, sizes = mod_tables(key, captured)
+        for table in tables:
+            assert len(table) == 2**16
+        assert sizes.tolist() == [size for x in program(key).graph.make_tables(captured) for size in x.shape]
+
+
+def test_a_constant_index_is_followed_inside_torch_compile():
+    def model(table):
+        return describe(lambda b, h, q, kv: (table[3] > kv) | (table[99] < q), "mask").key
+
+    table = torch.arange(100)
+    assert torch.compile(model, fullgraph=True, backend="eager")(table) == model(table)
 
 
 def test_tensors_of_one_size_are_captured_as_they_are():

@@ -120,6 +120,8 @@ def test_dispatch_modes_see_that_attention_ran(inputs):
     with Dispatched() as mode:
         sale_attention(*inputs, CONFIG)
     assert mode.seen.count("sale_flex.attended.default") == 1
+    nums = torch.ones(1, 2, 5, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.sale_flex.attended.default, (inputs.query, inputs.value, nums, nums, 64, 64))
 
 
 def test_fake_and_meta_tensors_give_shapes(inputs):

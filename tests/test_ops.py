@@ -64,9 +64,12 @@ def arguments(shape: Shape, transposed: bool) -> dict[str, tuple]:
 
 
 def test_the_list_of_ops_is_complete():
-    # Those of programmed calls are tested in test_listed_ops, that of padding in test_models_padding.
+    # Those of programmed calls are tested in test_listed_ops, that of padding in test_models_padding, that of captured
+    # tensors in test_captured_sizes, and what dispatch modes see in test_modes_and_limits.
     of_others = {
+        "attended",
         "held",
+        "mod_tables",
         "valid_keys",
         *(name for name, x in vars(listed_ops).items() if isinstance(x, torch._ops.OpOverload)),
     }

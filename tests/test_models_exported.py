@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""torch.export of a model without a cache, the first time as every other."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sale_flex.integrations.transformers as sale_hf
+from sale_flex.bridge import recognise
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from models_harness import BY_NAME, build, tokens
+
+pytestmark = [
+    pytest.mark.compiles,
+    # transformers' collector of outputs, which a strict export notices.
+    pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_mod_seen_before(monkeypatch):
+    monkeypatch.setattr(recognise, "_memo", {})
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+def test_the_first_export_is_as_good_as_the_second(strict):
+    model = build(BY_NAME["llama"], sale_hf.NAME)
+    ids = tokens(batch=1)
+    with torch.no_grad():
+        exported = [torch.export.export(model, (ids,), {"use_cache": False}, strict=strict) for _ in range(2)]
+        expected = model(ids, use_cache=False).logits
+        for one in exported:
+            assert not [name for name in one.constants if "lifted_tensor" in name]
+            # Sums of float32 products in another order.
+            torch.testing.assert_close(one.module()(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
