@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A tiny model of every causal-LM type that the installed transformers has, of one size as far as its config lets it."""
+"""A tiny model of every causal-LM type of the installed transformers, of one size as far as configs let it."""
 
 from typing import Any
 
@@ -35,7 +35,9 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_
 _UNSET = object()
 """An option to leave to the config, whose class refuses it."""
 
-_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_HEADS = {"head_dim": 32, "num_key_value_heads": 2}
+_EXPERTS = {"n_routed_experts": 2, "num_experts_per_tok": 2, "n_shared_experts": 1}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _CONV = {"layer_types": ["conv", "full_attention"]}
 _LOCAL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 50}
@@ -43,18 +45,27 @@ _LOCAL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_windo
 _OPTIONS: dict[str, dict[str, Any]] = {
     "BailingHybridForCausalLM": _LINEAR,
     "BambaForCausalLM": {"attn_layer_indices": [1]},
-    "DeepseekV2ForCausalLM": {"topk_method": "greedy"},
-    "Dots1ForCausalLM": {"n_routed_experts": 2, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "CohereCompassForCausalLM": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "DeepseekV2ForCausalLM": _EXPERTS | {"topk_method": "greedy"},
+    "Dots1ForCausalLM": _EXPERTS,
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
     "Gemma3nForCausalLM": _LOCAL | {"num_kv_shared_layers": 0},
+    "Gemma4ForCausalLM": {"global_head_dim": 32},
+    "Gemma4UnifiedForCausalLM": {"global_head_dim": 32},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]},
-    "HunYuanDenseV1ForCausalLM": _ROPE,
-    "HunYuanMoEV1ForCausalLM": _ROPE,
+    "HunYuanDenseV1ForCausalLM": _HEADS,
+    "HunYuanMoEV1ForCausalLM": _HEADS,
     "JambaForCausalLM": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "KimiLinearForCausalLM": _LINEAR,
     "Lfm2MoeForCausalLM": _CONV,
     "Lfm3ForCausalLM": _CONV,
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 32},
+    "MinistralForCausalLM": _HEADS,
+    "NemotronForCausalLM": _HEADS,
     "ProphetNetForCausalLM": {"num_hidden_layers": _UNSET},
     "Qwen3NextForCausalLM": _LINEAR,
     "Qwen3_5ForCausalLM": _LINEAR,
@@ -86,8 +97,10 @@ def config_of(name: str) -> Any:
 
 
 def _tiny(kind: Any, options: dict[str, Any]) -> Any:
-    given = {option: value for option, value in options.items() if value is not _UNSET}
-    default = kind(**given) if given else kind()
+    try:
+        default = kind()
+    except Exception:  # that of some classes is not valid
+        default = kind(**{option: value for option, value in options.items() if value is not _UNSET})
     made: dict[str, Any] = {}
     for name, size in _SIZE_OF.items():
         alias = getattr(kind, "attribute_map", {}).get(name)
@@ -111,7 +124,5 @@ def _tiny(kind: Any, options: dict[str, Any]) -> Any:
 def _value(config: Any, name: str) -> Any:
     try:
         return getattr(config, name, None)
-    except AttributeError as error:
-        raise error
     except Exception:
-        return 1  # one number per layer, which a config reads from a single one
+        return 1  # a number per layer, which the config reads from a single one
