@@ -70,9 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     texts = held_out_texts() if args.text is None else [read_text(file) for file in args.text]
     ids = prompt(tokenizer, args.tokens, texts).to(device)
     answers = {}
+    sale_hf.configure(model, SaleConfig(threshold=args.threshold, min_length=args.min_length))
     for name in ("sdpa", "sale_flex"):
         model.set_attn_implementation(name)
-        sale_hf.configure(model, SaleConfig(threshold=args.threshold, min_length=args.min_length))
         for _ in range(2):  # the first call compiles
             sale_hf.reset_stats(model)
             begin = time.perf_counter()

@@ -142,7 +142,7 @@ def measure_generate(args: argparse.Namespace) -> dict[str, Any]:
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.new_tokens, do_sample=False
             )
             answers[name].append(out[0, ids.shape[1] :].tolist())
-        density = sale_hf.stats(model).density
+        density = sale_hf.stats(model).density if name.startswith(sale_hf.NAME) else 1.0
         right = sum(got[: len(value)] == value for got, (_, value) in zip(answers[name], prompts))
         same = sum(got == dense for got, dense in zip(answers[name], answers[names[0]]))
         times[name] |= {"recalled": right, "of": len(prompts), "same_tokens": same, "density": density}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the integration refuses, and what it takes as it comes: holes, mask tensors, models that nobody configured."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,13 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import masking_utils
 
 import sale_flex.integrations.transformers as sale_hf
 from sale_flex import SaleConfig
+from sale_flex.integrations.transformers import masks
 
 sys.path.append(str(Path(__file__).resolve().parent))
+import causal_lms
 from models_harness import (
     BASE,
     BY_NAME,
@@ -28,6 +31,7 @@ from models_harness import (
     assert_close,
     assert_sparse_paths,
     build,
+    config_of,
     packed_positions,
     prefill,
     shared,
@@ -105,6 +109,186 @@ class TestRefused:
         mask = sale_hf.sale_flex_mask(2, LENGTH, LENGTH, attention_mask=holed().bool())
         with pytest.raises(TypeError, match="create_sale_block_mask"):
             mask.mask_mod(*torch.zeros(4, dtype=torch.int64))
+
+
+class TestModelsOfOtherAttention:
+    """Models that would run something else than they were asked for, without a word."""
+
+    @pytest.mark.parametrize("length", [LENGTH, 8])
+    @pytest.mark.parametrize("name", ["DogeForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"])
+    def test_by_configure_and_by_a_call(self, name, length):
+        model = causal_lms.build(name)
+        model.set_attn_implementation(sale_hf.NAME)
+        for use in (sale_hf.configure, sale_hf.attention_layers, lambda model: prefill(model, tokens(length=length))):
+            with pytest.raises(sale_hf.UnsupportedModelError, match=r"model must have attention that .* use attn_impl"):
+                use(model)
+
+    def test_falcon_which_maps_the_implementation_back(self):
+        model = causal_lms.build("FalconForCausalLM")
+        model.set_attn_implementation(sale_hf.NAME)
+        with pytest.raises(ValueError, match=r"'falcon' calls scaled_dot_product_attention by itself"):
+            sale_hf.configure(model)
+
+    def test_both_kinds_of_errors_catch_it(self):
+        assert issubclass(sale_hf.UnsupportedModelError, ValueError)
+        assert issubclass(sale_hf.UnsupportedModelError, NotImplementedError)
+
+
+RUNS_SDPA = (
+    r"must run attn_implementation='sale_flex', but layer 0 \(LlamaAttention\) runs 'sdpa'.*set_attn_implementation"
+)
+
+
+class TestAnotherImplementation:
+    def test_configure(self):
+        model = build(LLAMA, "sdpa")
+        before = dict(vars(shared(LLAMA).model.layers[0].self_attn))
+        with pytest.raises(ValueError, match=RUNS_SDPA):
+            sale_hf.configure(model)
+        assert vars(model.model.layers[0].self_attn).keys() == before.keys()
+
+    def test_observe_after_a_change(self, llama):
+        llama.set_attn_implementation("sdpa")
+        with pytest.raises(ValueError, match=RUNS_SDPA), sale_hf.observe(llama, lambda call: call.query):
+            pass
+
+    def test_stats_that_would_be_empty(self, llama):
+        llama.set_attn_implementation("sdpa")
+        prefill(llama, tokens())
+        with pytest.raises(ValueError, match=RUNS_SDPA):
+            sale_hf.stats(llama)
+
+    def test_stats_of_earlier_calls_stay(self, llama):
+        prefill(llama, tokens())
+        llama.set_attn_implementation("sdpa")
+        assert_calls(llama, LLAMA, sparse=1)
+        sale_hf.reset_stats(llama)
+        with pytest.raises(ValueError, match=RUNS_SDPA):
+            sale_hf.stats(llama)
+        llama.set_attn_implementation(sale_hf.NAME)
+        assert_calls(llama, LLAMA, sparse=0)
+
+    def test_a_part_of_a_multimodal_model(self):
+        text, vision = config_of(LLAMA), transformers.SiglipVisionConfig(hidden_size=32, intermediate_size=32)
+        vision.num_hidden_layers, vision.num_attention_heads, vision.image_size = 1, 2, 28
+        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision, text)).eval()
+        model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+        with pytest.raises(ValueError, match=RUNS_SDPA):
+            sale_hf.configure(model.model.language_model)
+        model.set_attn_implementation({"text_config": sale_hf.NAME, "vision_config": "sdpa"})
+        sale_hf.configure(model.model.language_model)
+
+
+WINDOW_OF_NONE = "window must be an int of at least 1, got"
+
+
+class TestMasksThatNoLayerTakes:
+    @pytest.mark.parametrize("length", [LENGTH, 8])
+    @pytest.mark.parametrize("window", [0, -3])
+    def test_a_window_of_no_token(self, window, length):
+        options = {"sliding_window": window, "use_sliding_window": False, "layer_types": ["full_attention"] * 2}
+        model = build(BY_NAME["Qwen2"], sale_hf.NAME, **options)
+        model.config.sliding_window, model.model.has_sliding_layers = window, True
+        assert_close(prefill(model, tokens(length=length)), prefill(shared(BY_NAME["Qwen2"]), tokens(length=length)))
+
+    def test_qwen2_moe_as_its_config_has_it(self):
+        model = causal_lms.build("Qwen2MoeForCausalLM")
+        assert model.config.sliding_window == 0 or model.config.sliding_window is None
+        expected = prefill(model, tokens())
+        model.set_attn_implementation(sale_hf.NAME)
+        sale_hf.configure(model, EVERYTHING)
+        assert_close(prefill(model, tokens()), expected)
+
+    @pytest.mark.parametrize("length", [LENGTH, 8])
+    @pytest.mark.parametrize("window", [0, -3])
+    def test_a_layer_that_takes_it_raises(self, window, length):
+        model = build(BY_NAME["Mistral"], sale_hf.NAME)
+        model.config.sliding_window = window
+        with pytest.raises(ValueError, match=f"{WINDOW_OF_NONE} {window}"):
+            prefill(model, tokens(length=length))
+
+    @pytest.mark.parametrize("length", [LENGTH, 8])
+    def test_chunks_of_no_token(self, length):
+        config = SimpleNamespace(attention_chunk_size=0)
+        function = masking_utils.chunked_causal_mask_function(0, torch.zeros(2, dtype=torch.int64))
+        mask = sale_hf.sale_flex_mask(2, length, length, mask_function=function, local_size=0, config=config)
+        with pytest.raises(ValueError, match="attention_chunk_size must be an int of at least 1, got 0"):
+            _ = mask.options
+
+    def test_a_function_that_raises(self):
+        def function(*_):
+            raise AssertionError
+
+        sale_hf.sale_flex_mask(2, LENGTH, LENGTH, mask_function=function, allow_is_causal_skip=False)
+
+    def test_options_are_made_once_when_asked_for(self, monkeypatch):
+        made = []
+        window = masks.mods.sliding_window
+        monkeypatch.setattr(masks.mods, "sliding_window", lambda *args: made.append(args) or window(*args))
+        model = build(BY_NAME["Mistral"], sale_hf.NAME)
+        prefill(model, tokens())
+        assert len(made) == 1
+        config = SimpleNamespace(sliding_window=50)
+        sliding = masking_utils.sliding_window_causal_mask_function(50)
+        mask = sale_hf.sale_flex_mask(2, LENGTH, LENGTH, mask_function=sliding, local_size=50, config=config)
+        assert len(made) == 1
+        assert mask.options is mask.options
+        assert len(made) == 2
+
+
+class TestMasksTakenForTensors:
+    x = torch.zeros(2, 1, LENGTH, LENGTH)
+
+    def mask(self):
+        return sale_hf.sale_flex_mask(2, LENGTH, LENGTH, attention_mask=holed().bool())
+
+    @pytest.mark.parametrize(
+        "use",
+        {
+            "dtype": lambda m, x: m.dtype,
+            "ndim": lambda m, x: m.ndim,
+            "dim": lambda m, x: m.dim(),
+            "masked_fill": lambda m, x: m.masked_fill(x == 0, 0.0),
+            "masked_fill of another": lambda m, x: x.masked_fill(m, 0.0),
+            "where": lambda m, x: torch.where(m, x, x),
+            "pad": lambda m, x: torch.nn.functional.pad(m, (0, 1)),
+            "cat": lambda m, x: torch.cat([m, x], -1),
+            "+": lambda m, x: x + m,
+            "+ from the left": lambda m, x: m + x,
+            "&": lambda m, x: m & x.bool(),
+            "~": lambda m, x: ~m,
+            "-": lambda m, x: 1.0 - m,
+            "*": lambda m, x: m * x,
+            "@": lambda m, x: m @ x,
+            "<": lambda m, x: m < 0,
+            "==": lambda m, x: m == 0,
+            "!=": lambda m, x: m != 0,
+            "slice": lambda m, x: m[:, :, :, :8],
+            "as an index": lambda m, x: x[m],
+            "list": lambda m, x: list(m),
+            "to a dtype": lambda m, x: m.to(torch.float16),
+            "to a dtype by name": lambda m, x: m.to(dtype=torch.float16),
+            "to another tensor's": lambda m, x: m.to(x),
+            "to_dense": lambda m, x: m.to_dense(),
+            "sdpa": lambda m, x: torch.nn.functional.scaled_dot_product_attention(x, x, x, m),
+        }.items(),
+        ids=lambda use: use[0],
+    )
+    def test_a_sentence_says_so(self, use):
+        with pytest.raises((TypeError, AttributeError), match=r"has no elements, but the model uses it as a tensor"):
+            use[1](self.mask(), self.x)
+
+    def test_what_transformers_does_with_masks_works(self):
+        mask = self.mask()
+        assert isinstance(mask, BlockMask)
+        assert tuple(mask.shape) == (1, 1, LENGTH, LENGTH)
+        assert mask.contiguous() is mask.to("cpu") is mask.to(device="cpu", non_blocking=True) is mask
+        assert mask == mask
+        assert mask is not None
+        assert mask in [None, mask]
+        assert not hasattr(mask, "dtype")
+        assert "padding" in repr(mask)
+        assert copy.copy(mask).looks == mask.looks
 
 
 class TestConfigure:
