@@ -390,8 +390,8 @@ def test_errors_of_a_long_call_take_no_square():
     output = dense_attention(inputs.query[:, :, rows], inputs.key, inputs.value, seen).float()
     found = errors(output, inputs, rows, mask)
     assert found == errors(output, inputs, rows, None)
-    # What is compared with is a float32 sum of `length` terms, off by about sqrt(length) roundings where errors are of both
-    # signs (Higham, section 2.8), in numerator and denominator alike; the exponentials pass on a rounding of each logit.
+    # What is compared with is a float32 sum of `length` terms, off by about sqrt(length) roundings where errors are of
+    # both signs (Higham, section 2.8); the exponentials pass on a rounding of each logit.
     assert found.kept < (length**0.5 + 2 * found.logit) * torch.finfo(torch.float32).eps / 2
     found.check("it")
 
