@@ -181,7 +181,8 @@ def test_gradients_are_those_of_dense_attention_under_the_mask(program):
     config = replace(SPARSE, block_size=(128, 128), threshold=0.2)
     options = {} if program is None else PROGRAMS[program](shape, "cuda")
     inputs = on_gpu(selective_inputs(shape, 1))
-    sinks = torch.tensor([0.0, 1.0, -1.0, 2.0], device="cuda")
+    # About as large as rows' log-sum-exps, so that sinks take a share: gradients of next to nothing are all rounding.
+    sinks = torch.tensor([10.0, 12.0, 11.0, 13.0], device="cuda")
     upstream = torch.randn(inputs.query.shape, generator=torch.Generator().manual_seed(0)).cuda()
 
     def gradients(attend, dtype):
@@ -306,7 +307,7 @@ def test_a_window_at_length_has_bounded_lists_and_drops_nothing():
         torch.randn(1, heads, length, 64, device="cuda", dtype=torch.bfloat16, generator=generator) for heads in (4, 1)
     )
     # A window of 64 blocks: some rows have a little more than 1/64 of their mass in one.
-    config = replace(SPARSE, threshold=0.02)
+    config = replace(SPARSE, threshold=0.0175)
     mask, stats = create_sale_block_mask(query, key, config, mask_mod=mods.sliding_window(4096), stats=True)
     assert mask.kv_indices.shape[3] < length // 64
     assert int(stats.dropped_blocks.sum()) == 0
