@@ -221,7 +221,7 @@ def test_a_model_that_is_compiled_where_it_was_not_configured(config):
     torch._dynamo.reset()
     compiled, ids = torch.compile(model, fullgraph=True), tokens(length=LONG).cuda()
     for _ in range(3):
-        # Without a cache a compiled prompt may be packed, for all that transformers knows: masks estimate in other steps.
+        # Without a cache transformers takes a compiled prompt for packed, and masks are estimated in other steps.
         assert_close(prefill(compiled, ids, cache=make_cache("dynamic", model)), prefill(other, ids))
     assert_calls(model, LLAMA, sparse=3)
     for one, same in zip(sale_hf.stats(model).layers, sale_hf.stats(other).layers):
