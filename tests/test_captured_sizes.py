@@ -229,3 +229,14 @@ class TestOnInductor:
             ids = torch.arange(length) // 50
             with pytest.raises(Exception, match="out of bounds"):
                 sale_attention(*tensors(length), CONFIG, mask_mod=partial(beyond, ids), causal=False)
+
+
+@pytest.mark.gpu
+def test_captured_sizes_change_on_a_gpu_too():
+    config = SaleConfig(threshold=0.0, min_length=0)
+    for length in LENGTHS:
+        ids = torch.arange(length, device="cuda") // 50
+        inputs = [torch.randn(1, 2, length, 32, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+        on_gpu = (x.cuda() for x in inputs)
+        output = sale_attention(*on_gpu, config, mask_mod=lambda b, h, q, kv, ids=ids: ids[q] == ids[kv], causal=False)
+        assert_attention_close(output.cpu(), *inputs, (ids[:, None] == ids).cpu()[None, None])
