@@ -21,13 +21,12 @@ from sale_flex import SaleConfig, sale_attention
 from sale_flex.attention import SaleResult
 from sale_flex.integrations.transformers import forward
 from sale_flex.integrations.transformers.caches import stores_of
-from sale_flex.integrations.transformers.masks import DENSE_QUERIES
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from models_harness import BY_NAME, CACHE, LAYERS, build, tokens
 
 LLAMA = BY_NAME["Llama"]
-ROOM = 1100
+ROOM = 2000
 CONFIG = SaleConfig(threshold=0.3, min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=100)
 CONFIGS = (
     CONFIG,
@@ -121,7 +120,7 @@ def check_turn(model, cache, ids, mask=None, inference=False):
     fresh = without_codes(cache)
     expected, wanted = turn(model, fresh, ids, mask, inference)
     logits, density = turn(model, cache, ids, mask, inference)
-    assert torch.equal(density, wanted) or ids.shape[1] < DENSE_QUERIES
+    assert torch.equal(density.nan_to_num(2.0), wanted.nan_to_num(2.0))  # NaN of a decoding step, and of padding alone
     assert torch.equal(logits, expected)
     return density
 
@@ -134,6 +133,10 @@ def filled(model, kind="dynamic", batch=1, inference=False, chunks=(192, 192)):
 
 
 def roll_rows(cache):
+    cache.reorder_cache(torch.tensor([1, 0]))
+
+
+def more_rows(cache):
     cache.reorder_cache(torch.tensor([1, 0, 1]))
 
 
@@ -168,7 +171,7 @@ def swap_layers(cache):
     cache.layers.reverse()
 
 
-CHANGES = (roll_rows, repeat, select, crop, crop_twice, overwrite, away_and_back, swap_layers, Cache.reset)
+CHANGES = (roll_rows, more_rows, repeat, select, crop, crop_twice, overwrite, away_and_back, swap_layers, Cache.reset)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +279,7 @@ def test_rows_that_were_padded_and_go_on(llama):
         check_turn(llama, cache, tokens(3, max(ends), seed=n), mask)
 
 
-@settings(stateful_step_count=12)
+@settings(stateful_step_count=20)
 class History(RuleBasedStateMachine):
     """Turns of a model on a cache, and what may happen to it in between."""
 
@@ -293,64 +296,75 @@ class History(RuleBasedStateMachine):
     def start(self, batch, data):
         self.mask = torch.zeros(batch, 0, dtype=torch.int64)
         self.lefts = data.draw(st.just([0] * batch) | st.lists(st.integers(0, 90), min_size=batch, max_size=batch))
+        for seed in range(2):
+            self.go_on(192, seed)
 
-    @property
-    def length(self):
-        return self.mask.shape[1]
-
-    def is_writable(self):
-        return self.length and not self.cache.layers[0].keys.is_inference()
-
-    @rule(
-        length=st.sampled_from([64, 128, 192, 192]) | st.integers(33, 200),
-        seed=st.integers(0, 9),
-        inference=st.booleans(),
-        short=st.sampled_from([0, 0, 0, 30]),
-    )
-    def read(self, length, seed, inference, short):
-        if self.length + length + 8 > ROOM:
+    def go_on(self, length, seed=0, inference=False, short=0):
+        """Read a chunk, whose first row ends `short` tokens before it."""
+        if self.length + length > ROOM:
             return
         more = torch.ones(len(self.mask), length, dtype=torch.int64)
         if not self.length:
             more[torch.arange(length) < torch.tensor(self.lefts)[:, None].clamp(max=length - 1)] = 0
         more[0, length - short :] = 0
         self.mask = torch.cat([self.mask, more], 1)
-        check_turn(self.model, self.cache, tokens(len(self.mask), length, seed), self.mask, inference)
+        ids = tokens(len(self.mask), length, seed)
+        # A static cache made under inference_mode is not written to outside: transformers itself fails.
+        check_turn(self.model, self.cache, ids, self.mask, inference and self.kind != "static")
 
-    @precondition(lambda self: self.length)
+    @property
+    def length(self):
+        return self.mask.shape[1]
+
+    def is_writable(self):
+        return not self.cache.layers[0].keys.is_inference()
+
+    @rule(
+        length=st.sampled_from([64, 128, 192]) | st.integers(33, 200),
+        seed=st.integers(0, 9),
+        inference=st.booleans(),
+        short=st.sampled_from([0, 0, 0, 30]),
+    )
+    def read(self, length, seed, inference, short):
+        self.go_on(length, seed, inference, short)
+
     @rule(steps=st.integers(1, 3), inference=st.booleans())
     def decode(self, steps, inference):
-        for n in range(steps if self.length + steps < ROOM else 0):
+        for n in range(steps if self.length + steps <= ROOM else 0):
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-            turn(self.model, self.cache, tokens(len(self.mask), 1, n), self.mask, inference)
+            ids = tokens(len(self.mask), 1, n)
+            turn(self.model, self.cache, ids, self.mask, inference and self.kind != "static")
 
-    @precondition(lambda self: self.length > 1 and self.kind != "static")
+    @precondition(lambda self: self.kind != "static")
     @rule(data=st.data())
     def crop(self, data):
         amount = data.draw(st.integers(1, self.length - 1), label="tokens")
         self.cache.crop(-amount)
         self.mask = self.mask[:, : self.length - amount]
+        self.go_on(64)
 
-    @precondition(lambda self: self.length)
     @rule(data=st.data())
     def reorder(self, data):
         rows = len(self.mask)
         order = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows), label="rows"))
         self.cache.reorder_cache(order)
         self.mask = self.mask[order]
+        self.go_on(64)
 
-    @precondition(lambda self: self.length and self.kind != "static")
+    @precondition(lambda self: self.kind != "static")
     @rule(data=st.data())
     def select(self, data):
         rows = data.draw(st.lists(st.integers(0, len(self.mask) - 1), min_size=1, max_size=3), label="rows")
         self.cache.batch_select_indices(torch.tensor(rows))
         self.mask = self.mask[rows]
+        self.go_on(64)
 
-    @precondition(lambda self: self.length and self.kind != "static" and len(self.mask) < 3)
+    @precondition(lambda self: self.kind != "static" and len(self.mask) < 3)
     @rule()
     def repeat(self):
         self.cache.batch_repeat_interleave(2)
         self.mask = self.mask.repeat_interleave(2, 0)
+        self.go_on(64)
 
     @precondition(lambda self: self.is_writable())
     @rule(data=st.data())
@@ -358,8 +372,8 @@ class History(RuleBasedStateMachine):
         at = data.draw(st.integers(0, self.length - 1), label="key")
         for layer in self.cache.layers:
             layer.keys[:, :, at] += 2.0
+        self.go_on(64)
 
-    @precondition(lambda self: self.length)
     @rule(data=st.data())
     def another_prompt(self, data):
         batch = len(self.mask)
@@ -369,17 +383,18 @@ class History(RuleBasedStateMachine):
     @rule()
     def copied(self):
         self.cache = copy.deepcopy(self.cache)
+        self.go_on(64)
 
-    @precondition(lambda self: self.length)
     @rule(seed=st.integers(0, 9))
     def a_copy_goes_another_way(self, seed):
         mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 64)], 1)
-        if self.length + 64 < ROOM:
+        if self.length + 64 <= ROOM:
             check_turn(self.model, copy.deepcopy(self.cache), tokens(len(mask), 64, seed), mask)
 
     @rule(config=st.sampled_from(CONFIGS))
     def configure(self, config):
         sale_hf.configure(self.model, config)
+        self.go_on(64)
 
 
 TestHistory = History.TestCase
