@@ -279,7 +279,7 @@ def test_rows_that_were_padded_and_go_on(llama):
         check_turn(llama, cache, tokens(3, max(ends), seed=n), mask)
 
 
-@settings(stateful_step_count=20)
+@settings(stateful_step_count=12)
 class History(RuleBasedStateMachine):
     """Turns of a model on a cache, and what may happen to it in between."""
 
@@ -374,6 +374,7 @@ class History(RuleBasedStateMachine):
             layer.keys[:, :, at] += 2.0
         self.go_on(64)
 
+    @precondition(lambda self: self.is_writable())  # transformers 5.17 resets by writing zeros
     @rule(data=st.data())
     def another_prompt(self, data):
         batch = len(self.mask)
