@@ -106,8 +106,8 @@ def test_losses_are_the_models_own(model, texts, found):
             model.set_attn_implementation("sale_flex")
             sale_hf.configure(model, calibration)
             expected.append((dense, model(text, labels=text).loss.item()))
-            model.set_attn_implementation("sdpa")
             sale_hf.configure(model, SaleConfig())
+            model.set_attn_implementation("sdpa")
     for text, (dense, sparse) in zip(calibration.on.texts, expected):
         # Means of the same 511 float32 losses, which are below 16: half a unit in the last place each.
         assert abs(text.loss_dense - dense) < 16 * 2**-20
@@ -265,7 +265,7 @@ def test_padded_batches(model, texts):
 
 def test_the_model_is_left_as_it_was(model, texts):
     mine = SaleConfig(threshold=0.125, min_length=99)
-    sale_hf.configure(model, mine)
+    configured(model, mine)
     model.train()
     try:
         calibrate(model, [texts[0][:, :64]], config=CONFIG, progress=Silent(0))
@@ -275,7 +275,15 @@ def test_the_model_is_left_as_it_was(model, texts):
         assert all(state.config == mine and state.observer is None for state in states)
     finally:
         model.eval()
-        sale_hf.configure(model, SaleConfig())
+        configured(model, SaleConfig())
+
+
+def configured(model, config):
+    """Configure a model that goes on with sdpa."""
+    sale_hf.register()
+    model.set_attn_implementation("sale_flex")
+    sale_hf.configure(model, config)
+    model.set_attn_implementation("sdpa")
 
 
 SMALL = {
