@@ -36,7 +36,8 @@ def measure(model: Any, samples: list[Sample], config: SaleConfig | Calibration 
     model.set_attn_implementation("sdpa" if config is None else "sale_flex")
     row: dict[str, Any] = {}
     for placement in PLACEMENTS:
-        sale_hf.configure(model, SaleConfig() if config is None else config)
+        if config is not None:
+            sale_hf.configure(model, config)
         some = [sample for sample in samples if sample.placement == placement]
         results = [evaluate(model, sample) for sample in some]
         row[placement] = {
