@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Mixed precision by torch.autocast, as scaled_dot_product_attention takes it."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,16 @@ def without_autocast(query: Any) -> AbstractContextManager[Any]:
     A block mask's arithmetic chooses its dtypes so that integers stay exact; autocast would round its products.
     """
     return torch.autocast(query.device.type, enabled=False) if _applies(query) else nullcontext()
+
+
+@contextmanager
+def without_any_autocast() -> Iterator[None]:
+    """The same of every device: torch guards its programs on all of them."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 def _applies(query: Any) -> bool:

@@ -2,7 +2,7 @@
 """What a caller has switched on around a call of ours, set aside while our own tracing and our own programs run."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,13 +68,3 @@ def _without_flags() -> Iterator[None]:
         for name, value in before.items():
             setattr(dispatch, name, value)
         tell_guards(before.get(_FLAGS[-1], False))
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Switch autocast off: what runs here computes in the dtypes that it is given."""
-    with ExitStack() as stack:
-        for device_type in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield

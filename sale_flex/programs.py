@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sale_flex.isolation import without_autocast, without_modes
+from sale_flex.autocast import without_any_autocast
+from sale_flex.isolation import without_modes
 
 
 class NotCompiledError(RuntimeError):
@@ -42,7 +43,7 @@ class CompiledProgram:
         """
         from torch._dynamo.exc import FailOnRecompileLimitHit  # here: it imports Triton
 
-        with without_modes(), without_autocast():
+        with without_modes(), without_any_autocast():
             known = self._compiled is not None
             try:
                 return self._run(*args)

@@ -134,7 +134,7 @@ ARROWS: dict[str, set[str]] = {
         "stats",
         "user_mods",
     },
-    "programs": {"isolation"},
+    "programs": {"autocast", "isolation"},
     "reference": set(),
     "rules": {"bits", "config", "geometry", "key_codes", "listed_ops", "ops", "sight"},
     "sight": set(),

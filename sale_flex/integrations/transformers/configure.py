@@ -12,6 +12,7 @@ from sale_flex.block_mask import EVERY_ROW
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.caches import hand_over_cache
 from sale_flex.integrations.transformers.layers import (
+    DENSE_CONFIG,
     LayerState,
     check_implementation,
     device_of,
@@ -21,8 +22,6 @@ from sale_flex.integrations.transformers.layers import (
 )
 from sale_flex.integrations.transformers.parallel import local_heads
 from sale_flex.integrations.transformers.towers import towers_of
-
-_DENSE = SaleConfig(min_length=EVERY_ROW)
 
 
 @runtime_checkable
@@ -93,7 +92,7 @@ def configure(
 
 def _dense_state(module: torch.nn.Module) -> LayerState:
     """Of an encoder's module beside a decoder; nobody reads what it counts."""
-    return LayerState(_DENSE, query_heads(module), device_of(module))
+    return LayerState(DENSE_CONFIG, query_heads(module), device_of(module))
 
 
 def _per_layer(config: Any, heads: Mapping[int, int]) -> dict[int, SaleConfig]:
@@ -115,7 +114,7 @@ def _per_layer(config: Any, heads: Mapping[int, int]) -> dict[int, SaleConfig]:
     for index, one in config.items():
         if one is not None and not isinstance(one, SaleConfig):
             raise TypeError(f"config[{index}] must be a SaleConfig or None, got {type(one).__name__}.")
-    return {index: _DENSE if one is None else one for index, one in config.items()}
+    return {index: DENSE_CONFIG if one is None else one for index, one in config.items()}
 
 
 def _local(config: SaleConfig, heads: int, mine: slice, device: torch.device) -> SaleConfig:

@@ -10,7 +10,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from sale_flex import mods
 from sale_flex.attention import SaleResult, sale_attention
 from sale_flex.autocast import autocast_inputs, without_autocast
-from sale_flex.block_mask import EVERY_ROW
 from sale_flex.clock import running
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.caches import (
@@ -24,13 +23,20 @@ from sale_flex.integrations.transformers.caches import (
 from sale_flex.integrations.transformers.calls import AttentionCall
 from sale_flex.integrations.transformers.dense import dense_step
 from sale_flex.integrations.transformers.heads import pad_heads
-from sale_flex.integrations.transformers.layers import DECODE, DENSE, SPARSE, LayerState, is_cross, state_of
+from sale_flex.integrations.transformers.layers import (
+    DECODE,
+    DENSE,
+    DENSE_CONFIG,
+    SPARSE,
+    LayerState,
+    is_cross,
+    state_of,
+)
 from sale_flex.integrations.transformers.masks import DENSE_QUERIES, ModelMask
 from sale_flex.integrations.transformers.refused import refuse
 from sale_flex.key_codes import KeyCodes
 
 _DEFAULT = SaleConfig()
-_DENSE = SaleConfig(min_length=EVERY_ROW)
 
 
 def sale_flex_forward(
@@ -112,7 +118,7 @@ def sale_flex_forward(
     query, key, value = pad_heads(query, key, value)
     if cross:  # as many queries as keys, of which some are padding
         _count(state, DENSE, "dense: cross-attention")
-        return _returned(sale_attention(query, key, value, _DENSE, **options), width), None
+        return _returned(sale_attention(query, key, value, DENSE_CONFIG, **options), width), None
     looks = attention_mask.looks if isinstance(attention_mask, ModelMask) else None
     if state is not None and ARGUMENT not in kwargs and goes_on(looks) and not torch.compiler.is_compiling():
         warn_without_cache(module)

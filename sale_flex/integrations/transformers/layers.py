@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sale_flex.block_mask import EVERY_ROW
 from sale_flex.clock import Clock
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.refused import NAME
@@ -20,6 +21,9 @@ _STATE = "_sale_flex"
 
 _CROSS = "_sale_flex_cross"
 """Attribute of a decoder layer's cross-attention, which counts in the `LayerState` of its layer."""
+
+DENSE_CONFIG = SaleConfig(min_length=EVERY_ROW)
+"""Of layers that keep everything."""
 
 SPARSE, DENSE, DECODE = range(3)
 """Kinds of calls, and their places in `LayerState.calls`."""
