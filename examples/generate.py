@@ -5,7 +5,7 @@ Runs the bundled model of the demo, or any decoder of transformers, densely and 
 answer alike. Exits 1 if not.
 
     python examples/generate.py --tokens 8192
-    python examples/generate.py --model meta-llama/Llama-3.1-8B --tokens 65536 --threshold 0.005
+    python examples/generate.py --model meta-llama/Llama-3.1-8B --tokens 65536 --threshold 0.02
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", help="folder or name of a model; by default the demo's")
     parser.add_argument("--text", type=Path, nargs="+", help="files to read; by default the standard library")
     parser.add_argument("--tokens", type=int, default=8192, help="length of the prompt")
-    parser.add_argument("--threshold", type=float, default=0.003, help="share of a row's probability")
+    parser.add_argument("--threshold", type=float, default=SaleConfig.threshold, help="share of a row's probability")
     parser.add_argument("--min-length", type=int, default=1024, help="queries with fewer keys before them stay dense")
     args = parser.parse_args(arguments)
 

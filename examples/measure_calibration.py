@@ -27,7 +27,7 @@ from sale_flex import Calibration, SaleConfig
 from sale_flex.bench.model import text_files
 from sale_flex.bench.provenance import provenance
 
-UNCALIBRATED = {"mass": (0.005, 0.01), "relative": (0.008, 0.032)}
+UNCALIBRATED = {"mass": (0.01, 0.02), "relative": (0.008, 0.032)}
 PLACEMENTS = ("end", "scattered")
 
 

@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     generate.add_argument("--length", type=int, default=32768)
     generate.add_argument("--notes", type=int, default=64)
     generate.add_argument("--recalls", type=int, default=24)
-    generate.add_argument("--threshold", type=float, default=0.005)
+    generate.add_argument("--threshold", type=float, default=SaleConfig.threshold)
     generate.add_argument("--min-length", type=int, default=1024)
     generate.add_argument("--new-tokens", type=int, default=16)
     generate.add_argument("--seed", type=int, default=0)

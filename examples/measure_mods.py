@@ -94,7 +94,7 @@ class Timed:
 def time_programs(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Milliseconds of every program's stages, and their ratio to those of causal attention without mods."""
     query, key, *_ = generate(args.length, args.heads, args.kv_heads, args.head_dim, dtype=dtype, device=device)
-    config = SaleConfig(min_length=0, threshold=args.threshold)
+    config = SaleConfig.fast(args.threshold, min_length=0)
     rows = []
     for name, options in programs(args.length, args.heads, str(device)).items():
         mine, path = Timed(query, key, config, options), ""
@@ -152,9 +152,9 @@ def compare_estimators(args: argparse.Namespace, device: torch.device, dtype: to
         for label, change in (
             ("moments", {}),
             ("scan", {"estimator": "scan"}),
-            ("every query", {"estimator": "scan", "query_pool": 1, "bits": 8}),
+            ("every query", {"estimator": "scan", "query_stride": 1, "bits": 8}),
         ):
-            config = replace(SaleConfig(min_length=0, threshold=args.threshold), **change)
+            config = replace(SaleConfig.fast(args.threshold, min_length=0), **change)
             kept[label] = block_map(create_sale_block_mask(query, key, config, score_mod=score_mod)).kept
         wanted = kept.pop("every query")
         row: dict[str, Any] = {"score_mod": name, "wanted": float(wanted.float().mean())}

@@ -67,7 +67,7 @@ from sale_flex.bench.provenance import provenance
 from sale_flex.config import ESTIMATORS, METRICS
 
 CHECK_LENGTH = 8192  # the reference holds whole score matrices of a head
-THRESHOLDS = {"mass": "0.005,0.01,0.02", "relative": "0.004,0.016,0.032"}
+THRESHOLDS = {"mass": "0.01,0.02,0.04", "relative": "0.004,0.016,0.032"}
 
 
 class Session:
@@ -258,7 +258,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--metric", choices=METRICS, help="instead of --rules: the rule that is measured")
     add("--estimator", choices=ESTIMATORS, help="instead of --rules: how the mass is estimated")
     add("--thresholds", help="instead of --rules: comma-separated thresholds")
-    add("--bits", type=int, default=SaleConfig.bits, help="width of the codes")
     add("--block-size", default="64,64", help="query rows and keys of a block")
     add("--sink-tokens", type=int, default=SaleConfig.sink_tokens, help="first keys that are always kept")
     add("--local-tokens", type=int, default=SaleConfig.local_tokens, help="last keys that are always kept")
@@ -285,7 +284,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     common = SaleConfig(
         min_length=args.min_length,
         block_size=tuple(map(int, args.block_size.split(","))),
-        bits=args.bits,
         sink_tokens=args.sink_tokens,
         local_tokens=args.local_tokens,
     )

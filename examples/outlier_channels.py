@@ -146,18 +146,17 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--length", type=int, default=4096, help="tokens, a multiple of 64 above 1024")
     add("--outliers", type=int, default=4, help="outlier channels a KV head")
-    add("--threshold", type=float, default=SaleConfig.threshold, help="share of a row's probability")
+    add("--threshold", type=float, default=0.005, help="share of a row's probability")
     add("--density", type=float, help="search the threshold of every line that keeps this share of the blocks instead")
-    add("--estimator", choices=("moments", "scan"), default=SaleConfig.estimator)
+    add("--estimator", choices=("moments", "scan"), default="moments")
     add("--query-pool", type=int, default=SaleConfig.query_pool, help="queries averaged to a pooled row")
     add("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.length % 64 or args.length <= MIN_LENGTH:
         parser.error(f"--length must be a multiple of 64 above {MIN_LENGTH}, got {args.length}")
 
-    common = SaleConfig(
-        threshold=args.threshold, estimator=args.estimator, query_pool=args.query_pool, min_length=MIN_LENGTH
-    )
+    options = {"estimator": args.estimator, "query_pool": args.query_pool, "min_length": MIN_LENGTH}
+    common = SaleConfig.fast(args.threshold, **options)
     made = {count: generate(args.length, 8, 2, 128, outliers=count, seed=args.seed) for count in (0, args.outliers)}
     # Outliers change no softmax, and a rotation no logit: one truth for all.
     exact = exact_masses(made[0], common)

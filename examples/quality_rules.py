@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from sale_flex import SaleConfig
 
-BASES: dict[str, dict[str, str]] = {
-    "moments": {"metric": "mass", "estimator": "moments"},
+BASES: dict[str, dict[str, Any]] = {
+    "moments": {"metric": "mass", "estimator": "moments", "query_stride": None, "bits": 4},
     "scan": {"metric": "mass", "estimator": "scan"},
-    "relative": {"metric": "relative"},
-    "calibrated": {"metric": "relative"},
-    "calibrated-absolute": {"metric": "relative"},
+    "relative": {"metric": "relative", "bits": 4},
+    "calibrated": {"metric": "relative", "bits": 4},
+    "calibrated-absolute": {"metric": "relative", "bits": 4},
 }
 """How a rule's name begins -> what it is."""
 
@@ -29,15 +29,15 @@ OPTIONS = [field.name for field in fields(SaleConfig) if field.name not in ("met
 """What may follow in a rule's name."""
 
 RULES = (
-    "relative:0.004:0.008:0.016:0.032,calibrated:0.1:0.2,calibrated/start=0.128:0.05:0.1:0.2,scan:0.005:0.01:0.02,"
-    "moments:0.005:0.01:0.02,moments/query_stride=4:0.02,moments/query_pool=1:0.02,moments/bits=8:0.005:0.01:0.02"
+    "relative:0.004:0.008:0.016:0.032,calibrated:0.1:0.2,calibrated/start=0.128:0.05:0.1:0.2,scan:0.01:0.02:0.04,"
+    "scan/query_stride=2:0.02,scan/query_stride=8:0.02,moments:0.005:0.01:0.02,moments/bits=8:0.005:0.01:0.02"
 )
 """What is measured by default."""
 
 NEEDLE_RULES = (
-    "relative:0.016,scan:0.01,scan/query_stride=4:0.02,moments:0.01:0.005,moments/sub_block=4:0.01:0.005,"
-    "moments/bits=8:0.01,moments/query_stride=4:0.02:0.01,moments/query_pool=2:0.01,moments/query_pool=1:0.02:0.01,"
-    "moments/query_pool=1/sub_block=4:0.02,moments/query_pool=1/bits=8:0.02,scan/query_pool=1:0.02"
+    "relative:0.016,scan:0.01:0.02,scan/query_stride=1:0.02,moments:0.01:0.005,moments/sub_block=4:0.01:0.005,"
+    "moments/bits=8:0.01,moments/query_pool=2:0.01,moments/query_pool=1:0.02:0.01,"
+    "moments/query_pool=1/sub_block=4:0.02,moments/query_pool=1/bits=8:0.02"
 )
 """Of which needle rows are counted by default."""
 
@@ -133,7 +133,7 @@ def parse_rules(text: str, common: SaleConfig) -> list[Rule]:
             given[field] = _parse_value(field, value, item)
         start = given.pop("start", FIRST_TAU)
         try:
-            config = replace(common, **BASES[base], **given)
+            config = replace(common, **(BASES[base] | given))
             for threshold in map(float, thresholds):
                 with_it = replace(config, threshold=threshold)  # of a calibrated rule this checks the range alone
                 rule = Rule(name, threshold, config if calibrated else with_it, start)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .listed_weights import CAREFUL, FAST, PEAK, weigh, weigh_exactly
+from .primitives import rotation_stages
 from .seen import at_head, listed_arguments, mod_arguments
 
 
@@ -87,7 +88,7 @@ def _listed_mass_kernel(
     listed_ptr, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold_ptr,
     scratch_ptr, hits_ptr, dropped_ptr,
     q_len, kv_len, tiles, query_blocks, key_blocks, words, sub_rows, scratch_stride,
-    logit_scale, square_factor, budget,
+    logit_scale, code_factor, square_factor, budget,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, STRUCTURE_HEADS: tl.constexpr, TOGETHER: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SCORE: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -152,7 +153,7 @@ def _listed_mass_kernel(
         mu_scale_at = mu_scale_ptr + kv_head * (sub_rows // (BLOCK_K // G))
         var_at = var_ptr + kv_head * sub_rows * D
         var_scale_at = var_scale_ptr + kv_head * (sub_rows // (BLOCK_K // G))
-        by_row = code_scale * logit_scale
+        by_row = code_scale * code_factor
         by_square = code_scale * code_scale * square_factor
         there = tl.maximum(q, 0)
         if TOGETHER > 1:
@@ -367,7 +368,8 @@ def listed_mass(
         rows, codes, square_codes, code_scale, shift, counts, lists, full, bounds,
         listed_tensor, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold, scratch, hits, dropped,
         q_len, kv_len, tiles, query_blocks, key_blocks, words, mean_codes.shape[2], stride,
-        scale, scale * scale / 2 * math.log2(math.e) * (1.0 if bits == 4 else 128.0), budget,
+        scale, scale / (1 if sub_block > 1 else 2 ** rotation_stages(dim)),
+        scale * scale / 2 * math.log2(math.e) * (1.0 if bits == 4 else 128.0), budget,
         HEADS=heads, KV_HEADS=kv_heads, STRUCTURE_HEADS=counts.shape[1], TOGETHER=together,
         CAUSAL=causal, MASK=mask_function, LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
         SCORE=score_function, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,

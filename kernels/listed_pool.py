@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import row_codes, squared_codes
+from .primitives import rotated, rotation_stages, row_codes, squared_codes
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _listed_pool_kernel(
     rows_ptr, codes_ptr, squares_ptr, scale_ptr, shift_ptr,
     logit_scale, q_len, row_count, tiles, heads, group,
     D: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr, SAMPLE: tl.constexpr, TOP: tl.constexpr,
-    SQUARES: tl.constexpr, BLOCK_R: tl.constexpr,
+    SQUARES: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R pooled rows of one head."""
     bh = (tl.program_id(0) // tiles).to(tl.int64)
@@ -48,7 +48,7 @@ def _listed_pool_kernel(
     rounded = pooled.to(rows_ptr.dtype.element_ty)
     pooled = rounded.to(tl.float32)
 
-    codes, code_scale = row_codes(pooled, TOP)
+    codes, code_scale = row_codes(pooled if SQUARES else rotated(pooled, STAGES), TOP)
     at = bh * row_count + row
     there = row < row_count
     elements = at[:, None] * D + offsets_d[None, :]
@@ -84,7 +84,8 @@ def listed_pool(
         pool: Query rows a pooled row, a divisor of `block_q`.
         sample: Take the last real row of each pool instead of the mean.
         bits: 4 or 8.
-        squares: Whether the squares of the codes are wanted.
+        squares: Whether the squares of the codes are wanted, as moments want them; codes that meet single keys are
+            rotated like those.
 
     Returns:
         Rows ``[B, Hq, R, D]`` in the query's dtype, ``R = nq * block_q / pool``, 0 where no row is real; their codes
@@ -103,6 +104,6 @@ def listed_pool(
         query, *query.stride(), mean, bounds, rows, codes, square_codes, code_scale, shift,
         scale, q_len, count, tiles, heads, heads // mean.shape[1],
         D=dim, BLOCK_D=triton.next_power_of_2(dim), P=pool, SAMPLE=sample, TOP=2 ** (bits - 1) - 1, SQUARES=squares,
-        BLOCK_R=tile, num_warps=4, enable_fp_fusion=False,
+        STAGES=rotation_stages(dim), BLOCK_R=tile, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return rows, codes, square_codes, code_scale, shift

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .pool import LOG2E, pool_queries
+from .primitives import rotation_stages
 
 FRACTION = 16
 """Bits after the point of the fixed-point logarithms."""
@@ -65,13 +66,27 @@ def _by_part(x, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _factor(row_factor, scale, LIMIT: tl.constexpr):
-    """Row factor [M] times block scale as an integer of at most LIMIT, ``[M, *scale.shape]``."""
+def _factor(row_factor, scale, LIMIT: tl.constexpr, WIDE: tl.constexpr):
+    """Row factor [M] times block scale, of at most LIMIT, in fixed point: ``[M, *scale.shape]``, and so the other two.
+
+    Returns an integer; by how many bits products are shifted right before they meet it; and half of what that loses.
+    Products of 8-bit codes (WIDE) are shifted by 4 to 8 bits: the factor has then 11 bits or more where it is not tiny,
+    and product and factor fit an int32 together.
+    """
     if len(scale.shape) == 2:
-        product = row_factor[:, None, None] * scale[None, :, :]
+        factor = row_factor[:, None, None] * scale[None, :, :]
     else:
-        product = row_factor[:, None] * scale[None, :]
-    return _round_even(tl.minimum(product, LIMIT * 1.0))
+        factor = row_factor[:, None] * scale[None, :]
+    factor = tl.minimum(factor, LIMIT * 1.0)
+    shift = tl.zeros_like(factor).to(tl.int32)
+    half = shift
+    if WIDE:
+        shift = tl.minimum(tl.maximum(138 - (factor.to(tl.int32, bitcast=True) >> 23), 4), 8)
+        factor *= (1 << shift).to(tl.float32)
+    whole = _round_even(factor)
+    if WIDE:
+        half = whole >> 1
+    return whole, shift, half
 
 
 @triton.jit
@@ -141,7 +156,7 @@ def _mass_hits_kernel(
     row_factor, square_factor, bias, highest, sink_tokens, local_tokens, budget,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, P: tl.constexpr, SUBS: tl.constexpr, MOMENTS: tl.constexpr,
-    SHIFT: tl.constexpr, LIMIT: tl.constexpr, SQUARE_LIMIT: tl.constexpr, CAP: tl.constexpr,
+    WIDE: tl.constexpr, LIMIT: tl.constexpr, SQUARE_LIMIT: tl.constexpr, CAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Hit words of the query blocks from `first_block` to `stop_block`, tile after tile."""
@@ -235,21 +250,20 @@ def _mass_hits_kernel(
                     var = tl.load(var_at + step * (BLOCK_N * D) + key_offsets, mask=d_mask, other=0)
                 square = tl.dot(squares, tl.trans(var), out_dtype=tl.int32)
             product = tl.dot(codes, tl.trans(mu), out_dtype=tl.int32)
-            factor = _factor(by_row, mu_scale, LIMIT)
+            factor, shift, half = _factor(by_row, mu_scale, LIMIT, WIDE)
             mu_scale = tl.load(mu_scale_at + ahead)
-            if SHIFT > 0:
-                product = product >> SHIFT
             if MOMENTS:
-                square_by = _factor(by_square, var_scale, SQUARE_LIMIT)
+                square_by, square_shift, square_half = _factor(by_square, var_scale, SQUARE_LIMIT, WIDE)
                 var_scale = tl.load(var_scale_at + ahead)
-                if SHIFT > 0:
-                    square = square >> SHIFT
             if TOGETHER:
-                logit = constant[:, None, None, None]
+                by_row_only = constant[:, None, None]
                 if MOMENTS:
-                    second = _by_part(square, PART) * square_by[:, :, :, None] + logit
-                    logit = tl.minimum(second, (constant + CAP)[:, None, None, None])
-                logit = _by_part(product, PART) * factor[:, :, :, None] + logit
+                    rest = (by_row_only + square_half)[:, :, :, None]
+                    second = (_by_part(square, PART) >> square_shift[:, :, :, None]) * square_by[:, :, :, None] + rest
+                    logit = tl.minimum(second, (constant + CAP)[:, None, None, None]) + half[:, :, :, None]
+                else:
+                    logit = (by_row_only + half)[:, :, :, None]
+                logit = (_by_part(product, PART) >> shift[:, :, :, None]) * factor[:, :, :, None] + logit
                 bits = tl.maximum(tl.minimum(logit, highest), 0) << 7
                 total = tl.sum(bits.to(tl.float32, bitcast=True), axis=3)  # [BLOCK_M, NB * PARTS / 4, 4]
                 if (step < closed_steps) | (step >= open_steps):
@@ -260,10 +274,11 @@ def _mass_hits_kernel(
                 if PARTS > 1:
                     total = tl.sum(tl.reshape(total, [BLOCK_M, NB * PARTS // 4, 4 // PARTS, PARTS]), axis=3)
             else:
-                logit = constant[:, None]
+                logit = constant[:, None] + half
                 if MOMENTS:
-                    logit = tl.minimum(square * square_by + logit, (constant + CAP)[:, None])
-                logit = product * factor + logit
+                    second = (square >> square_shift) * square_by + (constant[:, None] + square_half)
+                    logit = tl.minimum(second, (constant + CAP)[:, None]) + half
+                logit = (product >> shift) * factor + logit
                 bits = tl.maximum(tl.minimum(logit, highest), 0) << 7
                 total = tl.sum(tl.reshape(bits.to(tl.float32, bitcast=True), [BLOCK_M, NB, SUBS]), axis=2)
                 here = first + step * NB + tl.arange(0, NB)
@@ -380,7 +395,7 @@ def mass_hits(
     hits = query.new_empty(batch, heads, query_blocks, words, dtype=torch.int32)
     dropped = query.new_empty(batch, heads, query_blocks, dtype=torch.int32)
 
-    subs, rows, top, shift = block_k // sub_block, block_q // pool, 2 ** (bits - 1) - 1, 8 if bits == 8 else 0
+    subs, rows, top = block_k // sub_block, block_q // pool, 2 ** (bits - 1) - 1
     square_top, var_top, square_unit = (126, 127, 128.0) if bits == 8 else (49, 15, 1.0)
     options = tile_options(dim, rows, subs, sub_block > 1)
     tile_blocks = options["BLOCK_M"] // rows
@@ -391,7 +406,8 @@ def mass_hits(
     groups = triton.cdiv(mean_codes.shape[2], 4 * options["BLOCK_N"])
     scratch_words = options["BLOCK_M"] * (1 + groups * (options["BLOCK_N"] // subs))
     scratch = query.new_empty(programs, scratch_words, dtype=torch.int32)
-    unit = LOG2E * 2.0 ** (FRACTION + shift)
+    unit = LOG2E * 2.0**FRACTION
+    width = 1 if sub_block > 1 else 2 ** rotation_stages(dim)
     for first in range(0, query_blocks, range_blocks):
         blocks = min(range_blocks, query_blocks - first)
         codes, squares, code_scale, reference = pool_queries(
@@ -402,11 +418,11 @@ def mass_hits(
             codes, squares, code_scale, reference, mean_codes, mean_scale, var_codes, var_scale, nonfinite, bounds,
             threshold, scratch, hits, dropped,
             q_len, batch * heads, first, first + blocks, codes.shape[2], mean_codes.shape[2], query_blocks, words,
-            scratch.stride(0), scale * unit, scale * scale / 2 * unit * square_unit,
+            scratch.stride(0), scale / width * unit, scale * scale / 2 * unit * square_unit,
             127 - CENTER + math.log2(sub_block), HIGHEST, sink_tokens, local_tokens, budget,
             HEADS=heads, KV_HEADS=key.shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim),
-            BLOCK_Q=block_q, BLOCK_K=block_k, P=pool, SUBS=subs, MOMENTS=sub_block > 1, SHIFT=shift,
-            LIMIT=2**29 // ((dim * top * top) >> shift), SQUARE_LIMIT=2**29 // ((dim * square_top * var_top) >> shift),
+            BLOCK_Q=block_q, BLOCK_K=block_k, P=pool, SUBS=subs, MOMENTS=sub_block > 1, WIDE=bits == 8,
+            LIMIT=2**29 // (dim * top * top), SQUARE_LIMIT=2**29 // (dim * square_top * var_top),
             CAP=round(2 * (sub_block - 1) * LOG2E * 2**FRACTION), CHUNK=512, enable_fp_fusion=False, **options,
         )  # fmt: skip
     return hits, dropped

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Low-bit codes of the mean and the variance of sub-blocks of keys (DESIGN.md "The mass rule").
+"""Low-bit codes of the mean and the variance of sub-blocks of keys, or of single keys (DESIGN.md "The mass rule").
 
 Entry point: `quantize_moments`. A program takes a few key blocks of one head and visits the keys of its sub-blocks one
 after the other, all sub-blocks side by side: sums in a fixed order, so that the codes equal torch's. Two passes over
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import is_finite, nan_max, nearest_int8, symmetric_scale
+from .primitives import is_finite, nan_max, nearest_int8, rotated, rotation_stages, symmetric_scale
 
 STEP_ROWS = 256
 """Codes are stored with their sub-blocks padded to a multiple of this, so that the estimate loads whole tiles."""
@@ -42,9 +42,9 @@ def _quantize_moments_kernel(
     mean_ptr, bounds_ptr, mu_ptr, mu_scale_ptr, var_ptr, var_scale_ptr, nonfinite_ptr,
     heads, sub_rows, words,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr,
-    TOP: tl.constexpr, VAR_TOP: tl.constexpr,
+    TOP: tl.constexpr, VAR_TOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Codes of BLOCKS key blocks of one head."""
+    """Codes of BLOCKS key blocks of one head; those of single keys behind a rotation of STAGES stages."""
     SUBS: tl.constexpr = BLOCK_K // G
     ROWS: tl.constexpr = BLOCKS * SUBS
     bh = tl.program_id(1).to(tl.int64)
@@ -65,6 +65,8 @@ def _quantize_moments_kernel(
         key = tl.load(key_ptr + at[:, None] * stride_s, mask=mask, other=0.0).to(tl.float32)
         mu += tl.where(mask, key - center, 0.0)
     mu *= 1.0 / G
+    if G == 1:
+        mu = rotated(mu, STAGES)
     scale, inverse, finite = _block_scale(mu, TOP, BLOCKS, SUBS)
     if G > 1:
         var = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -102,7 +104,8 @@ def quantize_moments(
         mean: float32 ``[B, H, D]``, contiguous.
         bounds: int32 ``[B, 3]``.
         block_k: Keys a block.
-        sub_block: Keys a sub-block, a divisor of `block_k`; 1: codes of the keys themselves, and no variance.
+        sub_block: Keys a sub-block, a divisor of `block_k`; 1: codes of the keys themselves, behind a Hadamard rotation
+            (`primitives.rotated`), and no variance.
         bits: 4 or 8: means in [-7, 7] and variances in [0, 15], or [-127, 127] and [0, 127].
 
     Returns:
@@ -123,6 +126,7 @@ def quantize_moments(
         key, *key.stride(), mean, bounds, mu, mu_scale, var, var_scale, nonfinite,
         heads, rows, words,
         D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_K=block_k, G=sub_block, BLOCKS=blocks,
-        TOP=2 ** (bits - 1) - 1, VAR_TOP=15 if bits == 4 else 127, num_warps=8, enable_fp_fusion=False,
+        TOP=2 ** (bits - 1) - 1, VAR_TOP=15 if bits == 4 else 127, STAGES=rotation_stages(dim),
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return mu, mu_scale, var, var_scale, nonfinite

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import is_finite, row_codes, squared_codes
+from .primitives import is_finite, rotated, rotation_stages, row_codes, squared_codes
 
 LOG2E = 1.4426950408889634
 
@@ -42,7 +42,7 @@ def _pool_queries_kernel(
     mean_ptr, bounds_ptr, codes_ptr, squares_ptr, scale_ptr, reference_ptr,
     logit_scale, q_len, first_row, padded_rows, sink_tokens, local_tokens,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    P: tl.constexpr, SAMPLE: tl.constexpr, TOP: tl.constexpr, SQUARES: tl.constexpr,
+    P: tl.constexpr, SAMPLE: tl.constexpr, TOP: tl.constexpr, SQUARES: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R / TOGETHER pooled rows of TOGETHER heads that share keys, from pooled row `first_row` of the call on."""
@@ -78,7 +78,7 @@ def _pool_queries_kernel(
 
     rounded = pooled.to(query_ptr.dtype.element_ty)
     pooled = rounded.to(tl.float32)
-    codes, code_scale = row_codes(pooled, TOP)
+    codes, code_scale = row_codes(pooled if SQUARES else rotated(pooled, STAGES), TOP)
     out = bh * padded_rows + local_row
     tl.store(codes_ptr + out[:, None] * D + offsets_d[None, :], codes, mask=(offsets_d < D)[None, :])
     if SQUARES:
@@ -156,7 +156,8 @@ def pool_queries(
         first_block: First query block.
         blocks: How many query blocks.
         row_multiple: The results have rows up to a multiple of this, at least 64, a power of two.
-        squares: Whether the squares of the codes are wanted.
+        squares: Whether the squares of the codes are wanted, as moments want them; codes that meet single keys are
+            rotated like those.
 
     Returns:
         Codes int8 ``[B, Hq, R, D]``; their squares, in 8 bits divided by 128 and rounded (R = 0 if not wanted); scales
@@ -176,7 +177,7 @@ def pool_queries(
         query, *query.stride(), key, *key.stride(), mean, bounds, codes, square_codes, code_scale, reference,
         scale * LOG2E, q_len, first_block * rows, padded, sink_tokens, local_tokens,
         HEADS=heads, KV_HEADS=key.shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim),
-        P=pool, SAMPLE=sample, TOP=2 ** (bits - 1) - 1, SQUARES=squares, BLOCK_Q=block_q, BLOCK_K=block_k,
-        TOGETHER=together, enable_fp_fusion=False, **options,
+        P=pool, SAMPLE=sample, TOP=2 ** (bits - 1) - 1, SQUARES=squares, STAGES=rotation_stages(dim),
+        BLOCK_Q=block_q, BLOCK_K=block_k, TOGETHER=together, enable_fp_fusion=False, **options,
     )  # fmt: skip
     return codes, square_codes, code_scale, reference

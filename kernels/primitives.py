@@ -44,6 +44,28 @@ def nearest_int8(x):
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
+def rotation_stages(dim: int) -> int:
+    """Binary logarithm of the channels that `rotated` mixes: of the largest power of two that divides `dim`."""
+    return (dim & -dim).bit_length() - 1
+
+
+@triton.jit
+def rotated(x, STAGES: tl.constexpr):
+    """Rows ``[M, N]`` times Hadamard matrices over blocks of ``2 ** STAGES`` channels, not normalised.
+
+    Codes of rotated vectors lose less, because what stands out in one channel is spread over all, and their products
+    are those of the vectors, times ``2 ** STAGES``. Sums and differences of neighbours, stage by stage, as in torch.
+    """
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    WIDTH: tl.constexpr = 2**STAGES
+    for _ in tl.static_range(STAGES):
+        first, second = tl.split(tl.reshape(x, [M, N // WIDTH, WIDTH // 2, 2]))
+        x = tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2))
+        x = tl.reshape(x, [M, N])
+    return x
+
+
 @triton.jit
 def row_codes(x, TOP: tl.constexpr):
     """Codes of float32 rows ``[M, N]`` in [-TOP, TOP], int8, and a scale per row; NaN and 0 where one is not finite."""

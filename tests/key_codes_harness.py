@@ -13,11 +13,12 @@ from torch import Tensor
 from sale_flex import KeyCodes, SaleConfig, create_sale_block_mask
 from sale_flex.testing import BlockMap, Inputs, Shape, block_map
 
-SPARSE = SaleConfig(min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=100, threshold=0.02)
+SPARSE = SaleConfig.fast(min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=100, threshold=0.02)
 RULE_OPTIONS: dict[str, dict[str, Any]] = {
     "moments": {},
     "moments, 8 bits": {"bits": 8},
     "scan": {"estimator": "scan"},
+    "default": {"estimator": "scan", "query_stride": 4, "bits": 8},
     "relative": {"metric": "relative", "threshold": 0.2},
     "relative, 8 bits": {"metric": "relative", "threshold": 0.2, "bits": 8},
 }

@@ -114,7 +114,7 @@ def test_rows_tell_everything(eager, config_file, tmp_path, capsys):
 
 def test_a_short_call_is_dense_and_says_so(eager, tmp_path):
     path = tmp_path / "rows.json"
-    assert bench("--configs", "moments,relative", "--lengths", "256", "--baselines", "sdpa", "--json", path) == 0
+    assert bench("--configs", "fast,relative", "--lengths", "256", "--baselines", "sdpa", "--json", path) == 0
     rows = json.loads(path.read_text())
     assert {row["not_run"] for row in rows if row["name"] in NAMES[:-1]} == {
         "the call is dense sdpa: no more keys than min_length"
@@ -280,7 +280,7 @@ def test_out_of_memory_is_a_row_and_not_the_end(eager, config_file, monkeypatch,
         (["--densities", "0.1,1.5"], "--densities must be shares above 0, up to 1"),
         (["--densities", "0.1,0.1"], "each once, got '0.1,0.1'"),
         (["--baselines", "cudnn,fa9"], "--baselines must be among cudnn, flash, flex, sdpa"),
-        (["--configs", "moments,best"], "names among moments, moments-8bit, scan, relative"),
+        (["--configs", "fast,best"], "names among default, fast, relative"),
         (["--block-size", "64,65"], "--block-size must be rows,keys, one of 64,64; 64,32;"),
         (["--rounds", "0"], "--rounds must be 1 or more"),
         (["--device", "tpu"], "--device must be cpu"),
@@ -317,7 +317,7 @@ def test_bad_config_files(tmp_path, text, reason):
 
 
 def test_config_files_and_names():
-    assert list(configs.parse_configs("scan, relative")) == ["scan", "relative"]
+    assert list(configs.parse_configs("fast, relative")) == ["fast", "relative"]
     with pytest.raises(FileNotFoundError):
         configs.parse_configs("missing.json")
 
@@ -486,7 +486,7 @@ def test_on_a_gpu(tmp_path):
         "--kv-heads",
         "2",
         "--configs",
-        "moments,relative",
+        "fast,relative",
         "--json",
         path,
     ]

@@ -89,7 +89,7 @@ def test_what_is_missing_is_named_when_it_is_shown(rows, tmp_path, name):
     path.write_text(json.dumps([{key: value for key, value in row.items() if key != name} for row in rows]))
     results = Results(path)  # rows of another version need not hold all
     (key,) = {setting_key(row) for row in json.loads(path.read_text())}
-    with pytest.raises(ValueError, match=rf"--json .*rows\.json, 64 tokens, moments: .*\b{name}\b.*--fresh"):
+    with pytest.raises(ValueError, match=rf"--json .*rows\.json, 64 tokens, default: .*\b{name}\b.*--fresh"):
         results.find(key)
 
 

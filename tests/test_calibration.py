@@ -196,7 +196,7 @@ def interrupted(model, texts, tmp_path_factory):
         ({"target": 0.2}, r"target is 0\.1 there and 0\.2 here"),
         ({"error": "absolute"}, "error is 'relative' there and 'absolute' here"),
         ({"search": "halving"}, "search is 'bisection' there and 'halving' here"),
-        ({"config": replace(CONFIG, bits=8)}, r"config\.bits is 4 there and 8 here"),
+        ({"config": replace(CONFIG, bits=4)}, r"config\.bits is 8 there and 4 here"),
         ({"resume": False}, "holds an interrupted calibration: go on with it by resume=True"),
     ],
 )

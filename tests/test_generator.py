@@ -54,7 +54,7 @@ def test_whole_stretches_matter_to_each_other():
 
 def test_density_of_the_default_rule_is_well_below_one():
     made = generate(4096, 4, 2, 128)
-    config = replace(NAMED["moments"], min_length=256)
+    config = replace(NAMED["fast"], min_length=256)
     mask = sale_flex.create_sale_block_mask(made.query, made.key, config)
     kept = block_map(mask).kept
     seen = torch.ones(64, 64, dtype=torch.bool).tril()

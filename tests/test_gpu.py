@@ -57,12 +57,14 @@ def variant(request):
     return shape, config, selective_inputs(shape, 1)
 
 
+MOMENTS = {"estimator": "moments", "query_stride": None}
 MASS = {
-    "moments of 8": {},
-    "moments of 4, pools of 1": {"sub_block": 4, "query_pool": 1},
-    "moments of 32, pools of 16": {"sub_block": 32, "query_pool": 16},
-    "scan": {"estimator": "scan"},
-    "scan, every 8th row": {"estimator": "scan", "query_stride": 8},
+    "default": {},
+    "moments of 8": MOMENTS,
+    "moments of 4, pools of 1": MOMENTS | {"sub_block": 4, "query_pool": 1},
+    "moments of 32, pools of 16": MOMENTS | {"sub_block": 32, "query_pool": 16},
+    "scan of means": {"query_stride": None},
+    "scan, every 8th row": {"query_stride": 8},
 }
 
 

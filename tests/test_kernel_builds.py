@@ -54,8 +54,8 @@ def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
     relative = SaleConfig(metric="relative", **sizes)
     create_sale_block_mask(query, key, relative, value=key)
     create_sale_block_mask(query, key, relative, kv_range=torch.empty(1, 2, dtype=torch.int32, device="meta"))
-    for estimator in ("moments", "scan"):
-        create_sale_block_mask(query, key, SaleConfig(estimator=estimator, **sizes))
+    for config in (SaleConfig(**sizes), SaleConfig(bits=4, **sizes), SaleConfig.fast(**sizes)):
+        create_sale_block_mask(query, key, config)
     ops.quantize_rows(query, 4, packed=True)
 
 

@@ -46,7 +46,7 @@ def recorded(shape: Shape, program: str, monkeypatch: pytest.MonkeyPatch) -> dic
         for name in OPS:
             patch.setattr(listed_ops, name, record(name, getattr(listed_ops, name)))
         inputs, options = structured_inputs(shape, 0), PROGRAMS[program](shape, "cpu")
-        config = SaleConfig(min_length=0, local_tokens=16, sink_tokens=4, smooth_tokens=50)
+        config = SaleConfig.fast(min_length=0, local_tokens=16, sink_tokens=4, smooth_tokens=50)
         for metric in ("mass", "relative"):
             create_sale_block_mask(
                 *inputs[:2], replace(config, metric=metric), value=inputs.value, **shape.positions(), **options

@@ -52,12 +52,20 @@ def rounded(x: float) -> float:
     return struct.unpack("f", struct.pack("f", x))[0]
 
 
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """A vector of 2**n channels times a Hadamard matrix: that of sums of neighbours, then that of differences."""
+    if len(x) == 1:
+        return x
+    return torch.cat([rotated(x[::2] + x[1::2]), rotated(x[::2] - x[1::2])])
+
+
 def sums_by_definition(s: SimpleNamespace, b: int, head: int, pooled_row: int) -> dict[int, float]:
     """Candidate block -> what a pooled row sees in it in units of its exact part, one element after the other."""
     shape, config, (start, end) = s.shape, s.config, s.shape.valid(b)
     block_q, block_k = config.block_size
     offset, dim, bits = shape.offset, shape.head_dim, config.bits
-    top, square_top, var_top, shift = (7, 49, 15, 0) if bits == 4 else (127, 126, 127, 8)
+    top, square_top, var_top = (7, 49, 15) if bits == 4 else (127, 126, 127)
+    scanned = s.options.sub_block == 1
 
     def real(rows) -> list[int]:
         return [i for i in rows if i < shape.q_len and start <= offset + i < end]
@@ -79,14 +87,30 @@ def sums_by_definition(s: SimpleNamespace, b: int, head: int, pooled_row: int) -
     smooth = s.x.key[b, kv_head].float() - s.mean[b, kv_head]
     logits = (smooth.double() @ row.double() * s.scale).tolist()
     exact = sum(math.exp(logits[j]) for j in range(start, position + 1) if j // block_k not in candidates)
+    if scanned:
+        row = rotated(row)
     row_scale = rounded(float(row.abs().max()) / top)
     codes = [round(x) for x in (row * (torch.tensor(float(top)) / row.abs().max())).tolist()]
     squares = [c * c if bits == 4 else (c * c + 64) >> 7 for c in codes]
     square_scale = rounded(row_scale * row_scale) * (1 if bits == 4 else 128)
-    unit = LOG2E * 2.0 ** (16 + shift)
+    unit = LOG2E * 2.0**16
 
-    def factor(of_row: float, constant: float, of_block: float, largest: int) -> int:
-        return round(min(rounded(rounded(of_row * rounded(constant)) * of_block), 2**29 // (largest >> shift)))
+    def term(product: int, of_row: float, constant: float, of_block: float, largest: int) -> int:
+        """A product of codes in steps of 2**-16 octaves, in integers alone."""
+        factor = min(rounded(rounded(of_row * rounded(constant)) * of_block), 2**29 // largest)
+        if bits == 4:
+            return product * round(factor)
+        shift = min(max(12 - math.frexp(factor)[1], 4), 8) if factor else 8
+        return (product >> shift) * round(factor * 2**shift) + (round(factor * 2**shift) >> 1)
+
+    def of_mean(product: int) -> int:
+        constant = s.scale / (dim if scanned else 1) * unit
+        return term(product, row_scale, constant, rounded(float(mu_top) / top), dim * top * top)
+
+    def of_var(product: int) -> int:
+        constant = s.scale**2 / 2 * unit
+        of_block = rounded(float(var_most) / var_top)
+        return term(product, square_scale, constant, of_block, dim * square_top * var_top)
 
     bias = (rounded(127 - 0.0430 + math.log2(s.options.sub_block)) - math.log2(exact)) * 2**16
     bias = round(min(max(bias, -(2**29)), 2**29))
@@ -101,18 +125,16 @@ def sums_by_definition(s: SimpleNamespace, b: int, head: int, pooled_row: int) -
         for member in keys.unbind(1):
             var = var + (member - mu) ** 2
         var = var / s.options.sub_block
+        if scanned:
+            mu = torch.stack([rotated(each) for each in mu])
         mu_top, var_most = mu.abs().max(), var.max()
-        of_mean = factor(row_scale, s.scale * unit, rounded(float(mu_top) / top), dim * top * top)
-        of_var = factor(
-            square_scale, s.scale**2 / 2 * unit, rounded(float(var_most) / var_top), dim * square_top * var_top
-        )
         total = 0.0
         for sub in range(len(mu)):
             mu_codes = [round(x) for x in (mu[sub] * (torch.tensor(float(top)) / mu_top)).tolist()]
-            logit = (sum(c * d for c, d in zip(codes, mu_codes)) >> shift) * of_mean + bias
+            logit = of_mean(sum(c * d for c, d in zip(codes, mu_codes))) + bias
             if s.options.sub_block > 1:
                 var_codes = [round(x) for x in (var[sub] * (torch.tensor(float(var_top)) / var_most)).tolist()]
-                spread = (sum(c * d for c, d in zip(squares, var_codes)) >> shift) * of_var
+                spread = of_var(sum(c * d for c, d in zip(squares, var_codes)))
                 logit += min(spread, round(2 * (s.options.sub_block - 1) * LOG2E * 2**16))
             logit = min(max(logit, 0), 227 << 16)
             total += struct.unpack("f", struct.pack("I", logit << 7))[0]
@@ -280,7 +302,7 @@ def test_hits_of_every_block_size(block_size, sub_block):
     # Left padding that cuts a block, with and without a sink, and more heads than the tile holds at once.
     shape = Shape(600, 600, batch=2, heads=4, kv_heads=2, head_dim=32, kv_range=((0, 600), (37, 590)))
     for sink_tokens in (0, 5):
-        config = SaleConfig(
+        config = SaleConfig.fast(
             estimator="scan" if sub_block is None else "moments", sub_block=sub_block or 8, block_size=block_size,
             threshold=0.1, sink_tokens=sink_tokens, local_tokens=8, min_length=0, smooth_tokens=100,
         )  # fmt: skip
@@ -291,7 +313,7 @@ def test_hits_of_every_block_size(block_size, sub_block):
 def test_hits_of_the_kernel_over_many_steps_and_groups_of_heads(estimator):
     # Tiles of several query blocks, whose candidates end in different steps, and more than one head of keys.
     shape = Shape(1500, 1500, heads=4, kv_heads=2, head_dim=32)
-    config = SaleConfig(
+    config = SaleConfig.fast(
         estimator=estimator, threshold=0.05, sink_tokens=4, local_tokens=8, min_length=0, smooth_tokens=100
     )
     assert check_hits(kernel("mass"), stages(shape, 3, config)) <= 4
@@ -300,11 +322,13 @@ def test_hits_of_the_kernel_over_many_steps_and_groups_of_heads(estimator):
 LARGEST = [(mass, dim, bits) for dim in HEAD_DIMS for bits in (4, 8)] + [("kernel", 80, 4), ("kernel", 256, 8)]
 
 
+@pytest.mark.parametrize("estimator", ["moments", "scan"])
 @pytest.mark.parametrize(("implementation", "head_dim", "bits"), LARGEST)
-def test_the_largest_codes_overflow_nothing(implementation, head_dim, bits):
+def test_the_largest_codes_overflow_nothing(implementation, head_dim, bits, estimator):
     # Every channel at +-amax, of numbers near the end of float32: products, factors and their sums are at their limits.
     shape = Shape(256, 256, head_dim=head_dim)
-    config = SaleConfig(bits=bits, min_length=0, sink_tokens=1, local_tokens=1, smooth_tokens=0, query_pool=1)
+    sizes = {"sink_tokens": 1, "local_tokens": 1, "smooth_tokens": 0, "query_pool": 1}
+    config = SaleConfig.fast(estimator=estimator, bits=bits, min_length=0, **sizes)
     for magnitude in (1e3, 1e18):
         s = stages(shape, 0, config)
         s.x.query.copy_(s.x.query.sign() * magnitude)
@@ -319,7 +343,7 @@ def test_the_comparison_has_something_to_compare():
     shape = Shape(700, 700, heads=6, kv_heads=2, head_dim=64)
     x = structured_inputs(shape, 0)
     for estimator in ("moments", "scan"):
-        config = SaleConfig(threshold=0.12, min_length=0, local_tokens=32, estimator=estimator)
+        config = SaleConfig.fast(threshold=0.12, min_length=0, local_tokens=32, estimator=estimator)
         expected = reference.keep_map(x.query, x.key, config)
         by_rule = expected.hit & ~expected.always
         assert 0.2 < by_rule.sum() / (expected.visible & ~expected.always).sum() < 0.8
@@ -328,4 +352,4 @@ def test_the_comparison_has_something_to_compare():
 def test_the_reference_takes_no_default_that_depends_on_a_device():
     x = random_inputs(Shape(100, 100, head_dim=32))
     with pytest.raises(ValueError, match=r"config\.min_length must be a number of tokens, got None"):
-        reference.keep_map(x.query, x.key, SaleConfig())
+        reference.keep_map(x.query, x.key, SaleConfig.fast())

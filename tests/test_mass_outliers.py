@@ -66,7 +66,7 @@ def masses(case: Case, config: SaleConfig, quantised: bool) -> tuple[reference.R
 
 
 def config_of(sub_block: int, sink_tokens: int = 0, **options: object) -> SaleConfig:
-    return SaleConfig(
+    return SaleConfig.fast(
         sub_block=sub_block, sink_tokens=sink_tokens, local_tokens=16, min_length=0, smooth_tokens=0, **options
     )
 

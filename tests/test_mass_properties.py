@@ -196,7 +196,7 @@ def test_a_scan_hits_what_codes_cannot_hide(shape, seed, config, logit, data):
 
 @pytest.mark.parametrize("pool", [1, 4])
 def test_a_scan_in_eight_bits_finds_every_needle_of_twice_the_threshold(pool):
-    config = SaleConfig(
+    config = SaleConfig.fast(
         estimator="scan", bits=8, threshold=0.02, query_pool=pool, sink_tokens=8, local_tokens=16, min_length=0
     )
     needles = 0
@@ -223,7 +223,7 @@ def test_logits_of_200_nats_neither_overflow_nor_lose_a_block(bits, sub_block):
         inputs = random_inputs(shape, seed)
         key = inputs.key[:, :, ::sub_block].repeat_interleave(sub_block, 2)
         largest = (inputs.query @ key.repeat_interleave(2, 1).transpose(-1, -2)).abs().max() / 8
-        config = SaleConfig(
+        config = SaleConfig.fast(
             estimator="scan" if sub_block == 1 else "moments", bits=bits, sink_tokens=8, local_tokens=16, min_length=0,
             query_pool=1, threshold=0.01,
         )  # fmt: skip
@@ -269,7 +269,7 @@ def test_blocks_of_equal_mass_are_kept_or_dropped_together():
     shape = Shape(640, 640, head_dim=32)
     x = random_inputs(shape, 0)
     key = torch.zeros_like(x.key)
-    s = of(x._replace(key=key), SaleConfig(threshold=0.0, sink_tokens=1, local_tokens=1, min_length=0))
+    s = of(x._replace(key=key), SaleConfig.fast(threshold=0.0, sink_tokens=1, local_tokens=1, min_length=0))
     found, dropped = hits(s, 3)
     count = candidates(s).sum(-1)
     assert torch.equal(found.sum(-1), torch.where(count <= 3, count, 0))
@@ -280,7 +280,7 @@ def test_a_query_that_is_not_finite_asks_for_everything_first_to_be_given_up():
     inputs = structured_inputs(Shape(700, 700, heads=2, head_dim=32), 0)
     query = inputs.query.clone()
     query[0, 1, 640] = torch.nan
-    config = SaleConfig(threshold=0.2, sink_tokens=8, local_tokens=16, min_length=0)
+    config = SaleConfig.fast(threshold=0.2, sink_tokens=8, local_tokens=16, min_length=0)
     before, after = (of(x, config) for x in (inputs, inputs._replace(query=query)))
     found, _ = hits(after)
     assert torch.equal(found[:, 1, 10], candidates(after)[:, 0, 10])
@@ -296,7 +296,7 @@ def test_a_block_with_a_key_that_is_not_finite_is_hit_and_does_not_count(special
     inputs = structured_inputs(Shape(700, 700, heads=4, kv_heads=2, head_dim=32), 0)
     key = inputs.key.clone()
     key[0, 1, 200, 5] = special  # 3e38 is finite, and its variance is not
-    config = SaleConfig(threshold=0.2, sink_tokens=8, local_tokens=16, min_length=0, smooth_tokens=0)
+    config = SaleConfig.fast(threshold=0.2, sink_tokens=8, local_tokens=16, min_length=0, smooth_tokens=0)
     before, after = (of(x, config) for x in (inputs, inputs._replace(key=key)))
     for budget in (None, 0, 2):
         found, _ = hits(after, budget)

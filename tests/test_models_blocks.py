@@ -40,7 +40,7 @@ OFFSET = 128
 WIDE = {"Llama": {}, "Mistral": {"sliding_window": 700}, "Llama4": {"attention_chunk_size": 700}}
 """Windows and chunks of more blocks than are always kept."""
 
-CONFIG = SaleConfig(threshold=0.12, min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=512)
+CONFIG = SaleConfig(threshold=0.14, min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=512)
 LOOSER, STRICTER = (replace(CONFIG, threshold=CONFIG.threshold * 2**octaves) for octaves in (-0.25, 0.25))
 """A quarter of an octave around it. Two runs differ in the last bits of a layer's inputs. That moves a block's level by
 one, an eighth of an octave, or moves one code of a query by one: with heads of 32 channels, queries of 3 and keys of 1

@@ -25,10 +25,11 @@ from sale_flex.testing.strategies import seeds, shapes
 
 uncompiled = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
-SPARSE = SaleConfig(threshold=0.02, min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
+SPARSE = SaleConfig.fast(threshold=0.02, min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
 
 RULES = {
     "moments": {},
+    "default": {"estimator": "scan", "query_stride": 4, "bits": 8},
     "moments of 4, 8 bits": {"sub_block": 4, "bits": 8},
     "scan": {"estimator": "scan", "query_pool": 1},
     "every 8th row": {"query_stride": 8},

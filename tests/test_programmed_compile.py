@@ -14,7 +14,7 @@ from sale_flex import SaleConfig, create_sale_block_mask, flex, mods, reference,
 from sale_flex.testing import Inputs, Shape, block_map, dense_attention, expand_blocks, structured_inputs
 from sale_flex.testing.programs import PROGRAMS
 
-CONFIG = SaleConfig(threshold=0.02, min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
+CONFIG = SaleConfig.fast(threshold=0.03, min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
 SHAPE = Shape(300, 300, heads=4, kv_heads=2, head_dim=32)
 
 

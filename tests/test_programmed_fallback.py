@@ -41,6 +41,7 @@ RULES = {
     "moments": {"sub_block": 16, "threshold": 0.05},
     "moments, 8 bits": {"sub_block": 4, "threshold": 0.05, "bits": 8, "query_pool": 8},
     "scan": {"estimator": "scan", "threshold": 0.05, "query_stride": 4},
+    "default": {"estimator": "scan", "threshold": 0.05, "query_stride": 4, "bits": 8},
     "scan, 8 bits": {"estimator": "scan", "threshold": 0.03, "bits": 8, "query_pool": 1},
     "relative": {"metric": "relative", "threshold": 0.2},
     "relative, own key": {"metric": "relative", "threshold": 2.0, "bits": 8, "local_tokens": 1, "sink_tokens": 0},
@@ -321,7 +322,7 @@ def test_structure_and_lists_are_those_of_the_reference(case):
 @pytest.mark.parametrize("sink_tokens", [0, 1])
 def test_where_early_rows_end(min_length, sink_tokens):
     # The first row of a query block sees 64 or 192 keys before its own: it is early one token later.
-    config = SaleConfig(min_length=min_length, sink_tokens=sink_tokens, local_tokens=1)
+    config = SaleConfig.fast(min_length=min_length, sink_tokens=sink_tokens, local_tokens=1)
     for causal in (True, False):
         check_structure(Case(BUSY, config, 0, causal=causal))
 
@@ -351,7 +352,7 @@ def test_relative_hits_are_those_of_the_reference(case):
 @pytest.mark.parametrize("gain", [1.0, 4.0])
 def test_calls_with_much_to_decide(rule, causal, gain):
     # Ragged lengths, hits and misses in both kinds of candidates, and a head for each of what mods may do.
-    config = SaleConfig(**NARROW | RULES[rule])
+    config = SaleConfig.fast(**NARROW | RULES[rule])
     table = torch.rand(4, 28, 28, generator=torch.Generator().manual_seed(0)) < 0.9
     absent = torch.nan if config.metric == "mass" else -torch.inf
 
@@ -384,7 +385,7 @@ def test_a_budget_is_kept_as_in_the_reference(case, budget):
 
 @pytest.mark.parametrize("threshold", [0.0, 0.02])
 def test_a_budget_gives_up_the_smallest_masses(threshold):
-    case = Case(BUSY, SaleConfig(threshold=threshold, **NARROW), 1, causal=False)
+    case = Case(BUSY, SaleConfig.fast(threshold=threshold, **NARROW), 1, causal=False)
     free = run(case)
     for budget in (0, 1, 3):
         made, expected = run(case, budget), case.expected(budget=budget)
@@ -411,7 +412,7 @@ class Broken(Case):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("threshold", [0.02, 0.9, 1.5])
 def test_rows_and_keys_that_are_not_finite(metric, threshold):
-    config = SaleConfig(metric=metric, threshold=threshold, smooth_tokens=0, **NARROW | {"block_size": (64, 64)})
+    config = SaleConfig.fast(metric=metric, threshold=threshold, smooth_tokens=0, **NARROW | {"block_size": (64, 64)})
     mask = Named("holes", lambda b, h, q, kv: (q + kv) % 50 > 0)  # no block is full: all are weighed exactly
     cap = Named("cap", lambda s, b, h, q, kv: 5 * torch.tanh(s / 5))
     case = Broken(BUSY, config, 1, mask, cap, causal=False)

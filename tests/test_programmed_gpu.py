@@ -27,10 +27,11 @@ from gpu_harness import assert_selective, on_gpu, selective_inputs
 
 pytestmark = pytest.mark.gpu
 
-SPARSE = SaleConfig(threshold=0.1, min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
+SPARSE = SaleConfig.fast(threshold=0.1, min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
 
 RULES = {
     "moments": {},
+    "default": {"estimator": "scan", "query_stride": 4, "bits": 8},
     "moments of 4, 8 bits": {"sub_block": 4, "bits": 8},
     "scan": {"estimator": "scan", "query_pool": 1},
     "every 8th row": {"query_stride": 8},

@@ -65,8 +65,9 @@ def test_rules_as_they_are_written():
         "moments/query_pool=1/block_size=64x32:0.02",
         "calibrated/bits=8:0.1",
     ]
-    assert rules[1].config == replace(COMMON, metric="relative", threshold=0.016)
-    assert rules[2].config == replace(COMMON, threshold=0.02, query_pool=1, block_size=(64, 32))
+    assert rules[1].config == replace(COMMON, metric="relative", bits=4, threshold=0.016)
+    fast = SaleConfig.fast(0.02, min_length=64, local_tokens=64)
+    assert rules[2].config == replace(fast, query_pool=1, block_size=(64, 32))
     assert rules[3].config == replace(COMMON, metric="relative", bits=8)
     assert [rule.calibrated for rule in rules] == [False, False, False, True]
     late = parse_rules("calibrated:0.1,calibrated/start=0.1:0.1", COMMON)
@@ -301,7 +302,7 @@ def test_single_rules_and_masks(folder, tmp_path, capsys):
     assert "| scan:0.1 | 1 |" in capsys.readouterr().out
     for wrong in (
         ["--rules", "scan"],
-        ["--rules", "scan:1", "--bits", "4", "--metric", "mass"],
+        ["--rules", "scan:1", "--metric", "mass"],
         ["--json", "no/where"],
     ):
         with pytest.raises(SystemExit):

@@ -157,7 +157,7 @@ def test_the_kernels_keep_the_references_blocks(call, seed, special):
 @pytest.mark.parametrize("group", [5, 7])
 def test_the_kernels_share_keys_among_groups_of_any_size(group, metric):
     shape = Shape(200, 200, heads=2 * group, kv_heads=2, head_dim=32, kv_range=((37, 200),))
-    config = SaleConfig(
+    config = SaleConfig.fast(
         metric=metric,
         threshold=0.2,
         min_length=0,
@@ -174,7 +174,7 @@ def test_the_comparison_with_the_reference_has_something_to_compare():
     # The properties above would hold for a rule that keeps all or nothing; at these options it does neither.
     shape = Shape(700, 700, heads=6, kv_heads=2, head_dim=64)
     inputs = structured_inputs(shape, 0)
-    config = SaleConfig(metric="relative", threshold=0.05, min_length=0, local_tokens=32)
+    config = SaleConfig(bits=4, metric="relative", threshold=0.05, min_length=0, local_tokens=32)
     expected = reference.keep_map(inputs.query, inputs.key, config)
     by_rule = expected.hit & ~expected.always
     assert 0.1 < by_rule.sum() / (expected.visible & ~expected.always).sum() < 0.9
@@ -248,7 +248,7 @@ def test_what_stands_clear_of_the_threshold_is_kept(shape, seed, config, data):
 @pytest.mark.parametrize("block_size", [(64, 64), (64, 32), (128, 64), (128, 128)])
 def test_a_needle_is_what_keeps_its_block(bits, block_size):
     shape = Shape(640, 640, heads=4, kv_heads=2, head_dim=64)
-    config = SaleConfig(
+    config = SaleConfig.fast(
         metric="relative", threshold=0.5, min_length=0, local_tokens=64, bits=bits, block_size=block_size
     )
     inputs = random_inputs(shape, 0, amplitude=0.5)
@@ -320,7 +320,7 @@ def test_an_offset_may_be_an_int_or_a_tensor_or_the_default(call, seed):
 def test_the_default_scale_is_that_of_the_head_dim():
     shape = Shape(512, 512, heads=2, head_dim=64)
     inputs = structured_inputs(shape, 1)
-    config = SaleConfig(metric="relative", threshold=0.01, min_length=0, local_tokens=32)
+    config = SaleConfig(bits=4, metric="relative", threshold=0.01, min_length=0, local_tokens=32)
     default, same, other = (chosen(shape, inputs, config, scale=s).kept for s in (None, 0.125, 0.5))
     assert torch.equal(default, same)
     assert not torch.equal(default, other)

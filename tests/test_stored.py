@@ -104,7 +104,8 @@ def test_a_config_comes_back(config):
     stored = json.loads(json.dumps(asdict(config)))
     assert check(stored, sale_config(threshold=True, partial=False), "", "") == config
     stored.pop("threshold")
-    assert check(stored, sale_config(threshold=False, partial=False), "", "") == replace(config, threshold=0.005)
+    expected = replace(config, threshold=SaleConfig.threshold)
+    assert check(stored, sale_config(threshold=False, partial=False), "", "") == expected
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(SaleConfig)])

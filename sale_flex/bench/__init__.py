@@ -28,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layer", type=int, help="layer of --qkv (default: its first)")
     add(
         "--configs",
-        default="moments",
+        default="default",
         metavar="NAMES|FILE",
         help=f"names among {', '.join(NAMED)}, comma-separated, or a JSON file of names and fields of SaleConfig "
-        "(default moments)",
+        "(default default)",
     )
     add("--block-size", metavar="ROWS,KEYS", help="of every config (default: its own)")
     add("--densities", help="shares of the blocks to keep, comma-separated (default: by the config's threshold)")

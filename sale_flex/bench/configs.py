@@ -10,10 +10,9 @@ MIN_LENGTH = 1024
 """`SaleConfig.min_length` of the named ones, in tokens: the sparse path is what is timed, below the break-even too."""
 
 NAMED: dict[str, SaleConfig] = {
-    "moments": SaleConfig(min_length=MIN_LENGTH),
-    "moments-8bit": SaleConfig(bits=8, min_length=MIN_LENGTH),
-    "scan": SaleConfig(estimator="scan", min_length=MIN_LENGTH),
-    "relative": SaleConfig(metric="relative", threshold=0.004, min_length=MIN_LENGTH),
+    "default": SaleConfig(min_length=MIN_LENGTH),
+    "fast": SaleConfig.fast(min_length=MIN_LENGTH),
+    "relative": SaleConfig(metric="relative", threshold=0.004, bits=4, min_length=MIN_LENGTH),
 }
 """Name -> what it stands for."""
 

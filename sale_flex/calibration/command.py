@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--search", choices=SEARCHES, default="bisection", help="bisection, or halving from 0.008 as published")
     add("--metric", choices=METRICS, default=SaleConfig.metric, help="the selection rule (default %(default)s)")
     add("--estimator", choices=ESTIMATORS, default=SaleConfig.estimator, help="of the mass (default %(default)s)")
-    add("--bits", type=int, choices=(4, 8), default=SaleConfig.bits, help="width of the codes (default %(default)s)")
+    add("--bits", type=int, choices=(4, 8), help="width of the codes (default: 8 for a scan of the mass, else 4)")
     sizes = [f"{rows},{keys}" for rows, keys in BLOCK_SIZES]
     add(
         "--block-size",
@@ -78,10 +78,10 @@ def main(args: argparse.Namespace) -> int:
         lengths = parse_list("--lengths", args.lengths, int, "numbers of tokens, 2 or more", lambda x: x >= 2)
         Goal(args.target, args.error, args.search)
         rows, keys = map(int, args.block_size.split(","))
-        config = SaleConfig(
+        fast = args.metric == "mass" and args.estimator == "moments"
+        config = (SaleConfig.fast if fast else SaleConfig)(
             metric=args.metric,
-            estimator=args.estimator,
-            bits=args.bits,
+            bits=args.bits or (8 if args.metric == "mass" and not fast else 4),
             block_size=(rows, keys),
             min_length=args.min_length,
         )

@@ -13,8 +13,7 @@ from sale_flex.outputs import check_writable
 
 DEFAULT_PICTURE = Path("sale-flex-demo.png")
 DEFAULT_TOKENS = 8192
-DEFAULT_THRESHOLD = 0.003
-"""Below the library's default: in four layers of 64 channels, what is recalled hangs on a few heads."""
+DEFAULT_THRESHOLD = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

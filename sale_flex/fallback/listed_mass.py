@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sale_flex.bits import pack_bits, unpack_bits
+from sale_flex.fallback.rotation import rotation_width
 from sale_flex.fallback.structure import (
     ALWAYS,
     PARTIAL,
@@ -158,7 +159,7 @@ def _coded(
     scale: float,
     bits: int,
 ) -> Tensor:
-    """Log-sum-exp of rows over blocks of which they see all keys, from moments, ``[G, R, J]``.
+    """Log-sum-exp of rows over blocks of which they see all keys, from moments or keys, ``[G, R, J]``.
 
     A sub-block's score is taken at its middle key.
     """
@@ -169,7 +170,8 @@ def _coded(
         factor = row_factor[..., None] * key_scale[blocks].repeat_interleave(subs)
         return (codes @ of_keys[of_subs].float().T) * factor
 
-    logits = product(tile.codes, mean_codes, tile.code_scale * scale, mean_scale) + tile.shift[..., None]
+    width = rotation_width(tile.codes.shape[-1]) if sub_block == 1 else 1
+    logits = product(tile.codes, mean_codes, tile.code_scale * (scale / width), mean_scale) + tile.shift[..., None]
     middle = (of_subs * sub_block + sub_block // 2).int()
     logits = scored(score, logits, tile.b, tile.heads, tile.last, middle, tile.grid)
     logits = torch.where(logits.isfinite(), logits, -torch.inf)

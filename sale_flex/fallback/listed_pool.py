@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sale_flex.fallback.pool import pool_rows
 from sale_flex.fallback.quantize import quantize_rows
+from sale_flex.fallback.rotation import rotated
 
 
 def listed_pool(
@@ -28,9 +29,9 @@ def listed_pool(
         real = (index < q_len) & (index + offset >= start) & (index + offset < end)
         pooled.append(pool_rows(query[b], real, pool, sample))
     rows = torch.stack(pooled)
-    codes, code_scale = quantize_rows(rows, bits)
+    codes, code_scale = quantize_rows(rows if squares else rotated(rows), bits)
     codes = codes[:, :, : rows.shape[2]]
-    squared = codes[:, :, :0]
+    squared = codes.new_empty(*codes.shape[:2], 0, codes.shape[3])  # an op's outputs share no memory
     if squares:
         wide = codes.int().square()
         squared = (wide if bits == 4 else (wide + 64) >> 7).to(torch.int8)

@@ -13,6 +13,7 @@ from torch import Tensor
 from sale_flex.bits import pack_bits, unpack_bits
 from sale_flex.fallback.pool import LOG2E, exact_part, pool_rows
 from sale_flex.fallback.quantize import quantize_rows
+from sale_flex.fallback.rotation import rotated, rotation_width
 from sale_flex.geometry import Grid
 
 FRACTION = 16
@@ -168,17 +169,19 @@ def block_sums(
         bits: 4 or 8.
     """
     dim = pooled.shape[3]
-    top, square_top, var_top, shift = (7, 49, 15, 0) if bits == 4 else (127, 126, 127, 8)
-    unit = LOG2E * 2.0 ** (FRACTION + shift)
-    codes, row_scale = quantize_rows(pooled, bits)
+    top, square_top, var_top = (7, 49, 15) if bits == 4 else (127, 126, 127)
+    unit = LOG2E * 2.0**FRACTION
+    width = rotation_width(dim) if sub_block == 1 else 1
+    codes, row_scale = quantize_rows(rotated(pooled) if sub_block == 1 else pooled, bits)
     codes = codes[:, :, : pooled.shape[2]].float()  # not what fills a tile
     finite = row_scale.isfinite()
     row_scale = torch.where(finite, row_scale, 0.0)
-    logits = _terms(codes, keys.mean_codes, row_scale * _float32(scale * unit), keys.mean_scale, dim * top * top, shift)
+    by_row = row_scale * _float32(scale / width * unit)
+    logits = _terms(codes, keys.mean_codes, by_row, keys.mean_scale, dim * top * top, bits)
     if keys.var_codes is not None and keys.var_scale is not None:
         squares = codes.square() if bits == 4 else codes.square().add_(64).div_(128).floor_()
         factor = row_scale * row_scale * (1 if bits == 4 else 128) * _float32(scale * scale / 2 * unit)
-        spread = _terms(squares, keys.var_codes, factor, keys.var_scale, dim * square_top * var_top, shift)
+        spread = _terms(squares, keys.var_codes, factor, keys.var_scale, dim * square_top * var_top, bits)
         logits += spread.clamp_max_(round(2 * (sub_block - 1) * LOG2E * 2**FRACTION))
     bias = (_float32(127 - CENTER + math.log2(sub_block)) - exact) * 2**FRACTION
     logits += bias.clamp(-(2**29), 2**29).round().int()[..., None, None]
@@ -187,7 +190,7 @@ def block_sums(
     return values.sum(-1), finite
 
 
-def _terms(codes: Tensor, of_keys: Tensor, row_factor: Tensor, key_scale: Tensor, largest: int, shift: int) -> Tensor:
+def _terms(codes: Tensor, of_keys: Tensor, row_factor: Tensor, key_scale: Tensor, largest: int, bits: int) -> Tensor:
     """Products of codes times their scales in fixed point, int32 ``[G, N, R, J, subs]``, at most 2**29 each.
 
     Args:
@@ -196,12 +199,16 @@ def _terms(codes: Tensor, of_keys: Tensor, row_factor: Tensor, key_scale: Tensor
         row_factor: float32 ``[G, N, R]``.
         key_scale: float32 ``[J]``.
         largest: The largest product.
-        shift: Bits by which products are shortened.
+        bits: 4 or 8: products of 8 are shortened, by so much that they fit beside their factor.
     """
-    product = (codes @ of_keys.flatten(0, 1).T).int() >> shift
+    product = (codes @ of_keys.flatten(0, 1).T).int().unflatten(-1, (-1, of_keys.shape[1]))
     # A scale of 0 times an infinite factor is NaN, and fmin takes the other; the product is 0 then.
-    factor = torch.fmin(row_factor[..., None] * key_scale, _float32(2**29 // (largest >> shift))).round_().int()
-    return product.unflatten(-1, (-1, of_keys.shape[1])) * factor[..., None]
+    factor = torch.fmin(row_factor[..., None] * key_scale, _float32(2**29 // largest))
+    if bits == 4:
+        return product.mul_(factor.round_().int()[..., None])
+    shift = (138 - (factor.view(torch.int32) >> 23)).clamp_(4, 8)
+    factor = (factor * (1 << shift)).round_().int()
+    return (product >> shift[..., None]).mul_(factor[..., None]).add_((factor >> 1)[..., None])
 
 
 def decide(

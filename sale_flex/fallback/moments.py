@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Codes of the moments of sub-blocks of keys; see `sale_flex.kernels.moments` for the contract."""
+"""Codes of moments of sub-blocks of keys, or of rotated single keys; see `sale_flex.kernels.moments`."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from sale_flex.bits import pack_bits
+from sale_flex.fallback.rotation import rotated
 
 STEP_ROWS = 256
 
@@ -33,6 +34,8 @@ def quantize_moments(
             whole = torch.arange(first, stop, device=key.device) * block_k
             whole = (whole >= start) & (whole + block_k <= end)
             moments = _moments(key[b], mean[b], first * block_k, stop * block_k, start, end, sub_block)
+            if sub_block == 1:
+                moments = (rotated(moments[0]), moments[1])
             coded = [_quantize(x.unflatten(1, (-1, subs)), top) for x, top in zip(moments, tops)]
             finite = torch.stack([scale.isfinite() for _, scale in coded]).all(0)  # [Hkv, nk]
             bad[b, :, first:stop] = ~finite

@@ -21,6 +21,8 @@ from sale_flex.reference.common import (
     masked_attention,
     quantize_rows,
     repeat_heads,
+    rotate,
+    rotation_width,
     visible,
 )
 from sale_flex.reference.mass import (
@@ -38,6 +40,7 @@ from sale_flex.reference.mass import (
     mass_options,
     moment_logits,
     pool_rows,
+    product_shift,
     quantize_moments,
     row_masses,
 )
@@ -64,11 +67,14 @@ __all__ = [
     "mass_options",
     "moment_logits",
     "pool_rows",
+    "product_shift",
     "programmed_attention",
     "programmed_keep_map",
     "quantize_groups",
     "quantize_moments",
     "quantize_rows",
+    "rotate",
+    "rotation_width",
     "row_limits",
     "row_masses",
     "seen_elements",

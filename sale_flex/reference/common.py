@@ -86,6 +86,26 @@ def quantize(x: Tensor, dims: tuple[int, ...], top: int) -> tuple[Tensor, Tensor
     return codes.to(torch.int8), torch.where(finite, scale, torch.nan)
 
 
+def rotation_width(dim: int) -> int:
+    """Channels that `rotate` mixes: the largest power of two that divides `dim`, so that blocks of them fill it."""
+    return dim & -dim
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rows times Hadamard matrices, one for every `rotation_width` channels: float32 ``[..., D]``, not normalised.
+
+    A rotation of queries and keys alike leaves their products as they are, times the width, and spreads what stands out
+    in one channel over all of them: codes, whose scale is the largest magnitude, lose less (QuaRot, arXiv 2404.00456).
+    Sums and differences are taken of neighbours, stage by stage: all bits are determined.
+    """
+    width = rotation_width(x.shape[-1])
+    x = x.unflatten(-1, (-1, width))
+    for _ in range(width.bit_length() - 1):
+        first, second = x[..., ::2], x[..., 1::2]
+        x = torch.cat([first + second, first - second], -1)
+    return x.flatten(-2)
+
+
 def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Symmetric codes with a scale per row: int8 ``[B, H, S, D]``, float32 ``[B, H, S]`` (NaN: a non-finite row)."""
     codes, scale = quantize(x.float(), (-1,), 2 ** (bits - 1) - 1)

@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sale_flex.reference.common import Choice, block_any, key_mean, quantize, quantize_rows, repeat_heads, visible
+from sale_flex.reference.common import (
+    Choice,
+    block_any,
+    key_mean,
+    quantize,
+    quantize_rows,
+    repeat_heads,
+    rotate,
+    rotation_width,
+    visible,
+)
 
 LOG2E = 1.4426950408889634
 
@@ -59,7 +69,11 @@ class PooledRows(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Codes of the mean and the variance of every sub-block of keys. All 0 in blocks with a key that is not valid."""
+    """Codes of the mean and the variance of every sub-block of keys. All 0 in blocks with a key that is not valid.
+
+    Sub-blocks of one key are `rotate`d, and so are the rows that they meet. Moments are not: a rotation would spread a
+    variance over channels that know nothing of each other's.
+    """
 
     mean_codes: Tensor
     """int8 ``[B, Hkv, nk * n_sub, D]``, in [-7, 7] or [-127, 127]."""
@@ -178,7 +192,8 @@ def quantize_moments(key: Tensor, mean: Tensor, bounds: Tensor, block_k: int, su
     blocks = -(-key.shape[2] // block_k)
     at = torch.arange(blocks, device=key.device) * block_k
     whole = (at >= bounds[:, 1, None]) & (at + block_k <= bounds[:, 2, None])  # [B, nk]
-    moments = key_moments(key, mean, bounds, block_k, sub_block)
+    mu, var = key_moments(key, mean, bounds, block_k, sub_block)
+    moments = (rotate(mu) if sub_block == 1 else mu), var
     nonfinite = torch.zeros(*key.shape[:2], blocks, dtype=torch.bool, device=key.device)
     coded = []
     for x, top in zip(moments, (2 ** (bits - 1) - 1, 15 if bits == 4 else 127)):
@@ -294,20 +309,27 @@ def coded_values(
     to 2 ** 100. `log_exact` is ``ln L_r``.
     """
     heads, dim = pooled.rows.shape[1], pooled.rows.shape[3]
-    top, square_top, var_top, shift = (7, 49, 15, 0) if bits == 4 else (127, 126, 127, 8)
-    unit = LOG2E * 2.0 ** (FRACTION + shift)
-    codes, row_scale = quantize_rows(pooled.rows, bits)
+    top, square_top, var_top = (7, 49, 15) if bits == 4 else (127, 126, 127)
+    unit = LOG2E * 2.0**FRACTION
+    rows, width = (rotate(pooled.rows), rotation_width(dim)) if sub_block == 1 else (pooled.rows, 1)
+    codes, row_scale = quantize_rows(rows, bits)
     row_scale = row_scale.nan_to_num(0.0)
 
     def terms(codes: Tensor, of_keys: Tensor, row_factor: Tensor, key_scale: Tensor, largest: int) -> Tensor:
         # Products of codes are exact in float64. No term is above 2 ** 29: three of them fit an int32.
-        product = (codes.double() @ repeat_heads(of_keys, heads).double().transpose(-1, -2)).long() >> shift
+        product = (codes.double() @ repeat_heads(of_keys, heads).double().transpose(-1, -2)).long()
         factor = row_factor[..., None] * repeat_heads(key_scale, heads)[:, :, None]
         # A scale of 0 times an infinite factor is NaN, and fmin takes the other; the product is 0 then.
-        factor = torch.fmin(factor, _float32(2**29 // (largest >> shift))).round().long()
-        return product * factor.repeat_interleave(block_k // sub_block, -1)
+        factor = torch.fmin(factor, _float32(2**29 // largest))
+        by_sub = block_k // sub_block
+        if bits == 4:
+            return product * factor.round().long().repeat_interleave(by_sub, -1)
+        shift = product_shift(factor)
+        factor = (factor * (1 << shift)).round().long().repeat_interleave(by_sub, -1)
+        return (product >> shift.repeat_interleave(by_sub, -1)) * factor + (factor >> 1)
 
-    logits = terms(codes, moments.mean_codes, row_scale * _float32(scale * unit), moments.mean_scale, dim * top * top)
+    by_row = row_scale * _float32(scale / width * unit)
+    logits = terms(codes, moments.mean_codes, by_row, moments.mean_scale, dim * top * top)
     if sub_block > 1:
         squares = codes.long().square()
         squares = squares if bits == 4 else (squares + 64) >> 7
@@ -317,6 +339,16 @@ def coded_values(
     bias = _float32(127 - CENTER + math.log2(sub_block)) - log_exact * LOG2E
     logits = logits + (bias * 2**FRACTION).clamp(-(2**29), 2**29).round().long()[..., None]
     return (logits.clamp(0, (127 + 100) << FRACTION) << 23 - FRACTION).int().view(torch.float32)
+
+
+def product_shift(factor: Tensor) -> Tensor:
+    """By how many bits products of 8-bit codes are shortened, 4 to 8, int64: so that they fit beside their factor.
+
+    The factor, float32 and in steps of 2 ** -16 octaves, has 11 bits or more before the point then, if it is not tiny.
+    A product loses less than 2 ** -4 octaves, more only where logits reach thousands, and half of it is added again.
+    """
+    exponent = (factor.view(torch.int32) >> 23) - 127
+    return (11 - exponent).clamp(4, 8).long()
 
 
 def mass_choice(

@@ -22,6 +22,8 @@ from sale_flex.reference.common import (
     make_bounds,
     quantize_rows,
     repeat_heads,
+    rotate,
+    rotation_width,
 )
 from sale_flex.reference.mass import MassOptions, mass_options, pool_rows, quantize_moments
 from sale_flex.reference.relative import quantize_groups
@@ -396,7 +398,8 @@ def row_weights(call: Call, options: MassOptions) -> RowWeights:
     size = options.sub_block
     subs = block_k // size
     moments = quantize_moments(key, call.mean, bounds, block_k, size, options.bits)
-    codes, row_scale = quantize_rows(pooled.rows, options.bits)
+    coded_rows, width = (rotate(pooled.rows), rotation_width(query.shape[3])) if size == 1 else (pooled.rows, 1)
+    codes, row_scale = quantize_rows(coded_rows, options.bits)
     row_scale = row_scale.to(dtype)[..., None]
 
     def products(x: Tensor, y: Tensor) -> Tensor:
@@ -407,7 +410,8 @@ def row_weights(call: Call, options: MassOptions) -> RowWeights:
 
     shift = rows @ repeat_heads(call.mean[:, :, None], heads).to(dtype).transpose(-1, -2) * scale  # [B, Hq, np, 1]
     middle = torch.arange(blocks * subs, device=key.device) * size + size // 2
-    estimate = products(codes, moments.mean_codes) * (row_scale * scale * of_subs(moments.mean_scale)) + shift
+    estimate = products(codes, moments.mean_codes) * (row_scale * scale / width * of_subs(moments.mean_scale))
+    estimate = estimate + shift
     estimate = modified(call.score_mod, estimate, index, middle.clamp_max(kv_len - 1))
     estimate = estimate.masked_fill(~estimate.isfinite(), -torch.inf)
     if size > 1:

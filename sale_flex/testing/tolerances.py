@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sale_flex.mods import ScoreMod
-from sale_flex.reference import Moments, PooledRows, quantize_rows
+from sale_flex.reference import Moments, PooledRows, product_shift, quantize_rows, rotate, rotation_width
 from sale_flex.testing.oracles import dense_attention
 
 
@@ -210,8 +210,9 @@ def moment_error_bound(
     * The mean logit: `estimate_error_bound`.
     * The variance: ``scale ** 2 / 2 * (sum q^2 e + E v + E e)`` for variances v off by e and squares q^2 off by E. With
       q off by a, ``E = 2 |q| a + a^2``; 8-bit squares lose another 64 ``s ** 2`` to fit a byte.
-    * 8-bit products lose up to 255 units when they are shortened.
-    * A product's factor in fixed point is off by half a step of 2 ** -16 octaves and four roundings.
+    * Of single keys, a rotation in float32: `_rotation_error` in rows and keys.
+    * 8-bit products are shortened: half of what may be lost, either way, is rounded to a step of 2 ** -16 octaves.
+    * A product's factor in fixed point is off by half a step and four roundings.
     * Moments of up to 64 keys are computed in float32: ``gamma(136)`` of the root mean square, or of its square.
     * The row's logarithm, the cap and the sum of terms: a step each.
     * The straight mantissa is within 0.0431 octaves of the exponential.
@@ -226,9 +227,10 @@ def moment_error_bound(
     """
     group = pooled.rows.shape[1] // mu.shape[1]
     subs = mu.shape[2] // moments.mean_scale.shape[2]
-    shift, step = (8 if bits == 8 else 0), 2**-16 * math.log(2)
-    rows = pooled.rows.double()
-    codes, row_scale = quantize_rows(pooled.rows, bits)
+    step = 2**-16 * math.log(2)
+    scanned = not moments.var_codes.shape[2]
+    rows, width = pooled.rows.double(), rotation_width(mu.shape[3]) if scanned else 1
+    codes, row_scale = quantize_rows(rotate(pooled.rows) if scanned else pooled.rows, bits)
     codes, per_row = codes.double(), row_scale.double()[..., None]
     square = mu.square() + var  # of the keys, averaged
 
@@ -236,14 +238,23 @@ def moment_error_bound(
         return x.repeat_interleave(group, 1).transpose(-1, -2)
 
     def fixed_point(product: Tensor, unit: Tensor) -> Tensor:
-        return product * (step / (2 << shift) + gamma(4) * unit) + (2**shift - 1) * unit
+        if bits == 4:
+            return product * (step / 2 + gamma(4) * unit)
+        lost = 2.0 ** product_shift((unit / step).float())
+        return product * (step / (2 * lost) + gamma(4) * unit) + lost / 2 * unit + step / 2
 
     mean_scale = moments.mean_scale.repeat_interleave(subs, 2)
-    unit = scale * per_row * mean_scale.double().repeat_interleave(group, 1)[:, :, None]
-    bound = estimate_error_bound(rows, row_scale, mu, mean_scale, scale, bits)
-    bound = bound + scale * rows.abs() @ of_rows(square.sqrt() * gamma(136))
+    unit = scale / width * per_row * mean_scale.double().repeat_interleave(group, 1)[:, :, None]
+    bound = scale * rows.abs() @ of_rows(square.sqrt() * gamma(136))
+    if scanned:
+        turned, of_keys = rotate(rows), rotate(mu)
+        bound = bound + estimate_error_bound(turned, row_scale, of_keys, mean_scale, scale / width, bits)
+        row_error, key_error = _rotation_error(rows), of_rows(_rotation_error(mu))
+        bound = bound + scale / width * (row_error @ (of_rows(of_keys.abs()) + key_error) + turned.abs() @ key_error)
+    else:
+        bound = bound + estimate_error_bound(rows, row_scale, mu, mean_scale, scale, bits)
     bound = bound + fixed_point((codes @ of_rows(moments.mean_codes.double())).abs(), unit)
-    if moments.var_codes.shape[2]:
+    if not scanned:
         top, square_unit = (15, 1) if bits == 4 else (127, 128)
         squares = codes.square() if bits == 4 else (codes.square() + 64).div(128).floor()
         row_error = code_error_bound(bits) * per_row
@@ -255,3 +266,10 @@ def moment_error_bound(
         bound = bound + scale * scale / 2 * second
         bound = bound + fixed_point(squares @ of_rows(moments.var_codes.double()), unit)
     return bound + 3 * step + 0.0431 * math.log(2)
+
+
+def _rotation_error(x: Tensor) -> Tensor:
+    """How far float32 may be from the exact `rotate`: a rounding a stage, of sums below the block's of magnitudes."""
+    width = rotation_width(x.shape[-1])
+    size = x.abs().unflatten(-1, (-1, width)).sum(-1, keepdim=True).expand(*x.shape[:-1], -1, width).flatten(-2)
+    return size * gamma(width.bit_length() - 1)
