@@ -17,6 +17,10 @@ SINK, LOCAL, TOPIC, NEEDLE, NOISE = 8.0, 5.0, 6.0, 10.0, 4.0
 """Logits of the parts, see `generate`."""
 TOPICS, STRETCH, NEEDLE_EVERY = 32, 1024, 64
 """Topics in all; tokens of a stretch of one topic on average; rows per row that seeks a needle."""
+STRETCH_ROWS = 64
+"""Rows that look into the same blocks, with turning queries."""
+TURNING = 12.0
+"""Logit of the key that a turning query seeks."""
 OUTLIER_SIZE = (20.0, 50.0)
 """Root mean square of the smallest and the largest outlier channel, over that of the other channels of its head."""
 OUTLIER_SPREAD = 8.0
@@ -46,6 +50,7 @@ def generate(
     *,
     batch: int = 1,
     outliers: int = 0,
+    turning: int = 0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -71,6 +76,12 @@ def generate(
     small where keys have outliers, but there the mean may turn slowly with the position, by the rotary embedding, and
     here it does not.
 
+    With ``turning=n``, queries and keys are as models with normalised queries have them (Gemma 3, Qwen 3, OLMo 2): all
+    of one length, and queries whose direction turns from token to token. Every row, not one in 64, seeks one earlier
+    key of its own, with a logit of 12 before rows are brought to one length, somewhere in n blocks of 64 keys that 64
+    neighbouring rows share. So a block's rows want the same blocks, which any few of them show; but the mean of a few
+    queries seeks none of their keys, and the mean and variance of a few keys show none of them either.
+
     Args:
         length: Tokens, S.
         heads: Query heads, a multiple of `kv_heads`.
@@ -78,6 +89,7 @@ def generate(
         head_dim: Channels of a head, at least 16.
         batch: Batch rows, each drawn anew.
         outliers: Outlier channels a KV head, at most an eighth of its channels.
+        turning: Blocks that turning queries share, 0 for queries that do not turn.
         seed: What to draw from. The same seed gives the same numbers on one kind of device.
         dtype: Of query, key and value, which are computed in float32 and rounded once.
         device: Where they are drawn and stay. Beyond them a head's worth of float32 tensors is held.
@@ -94,6 +106,8 @@ def generate(
         raise ValueError(f"head_dim must be at least 16, to hold all parts, got {head_dim}")
     if not 0 <= outliers <= head_dim // 8:
         raise ValueError(f"outliers must be in [0, {head_dim // 8}], an eighth of the channels, got {outliers}")
+    if turning < 0:
+        raise ValueError(f"turning must be 0 or a number of blocks, got {turning}")
     query = torch.empty(batch, heads, length, head_dim, dtype=dtype, device=device)
     key = torch.empty(batch, kv_heads, length, head_dim, dtype=dtype, device=device)
     value = torch.empty_like(key)
@@ -105,7 +119,7 @@ def generate(
     for b in range(batch):
         for kv in range(kv_heads):
             of = slice(kv * group, (kv + 1) * group)
-            head = _Head(length, head_dim, generator)
+            head = _Head(length, head_dim, generator, turning)
             gain: Tensor | float = 1.0
             if outliers:
                 gain, channels[b, kv] = _add_outliers(head.key, outliers, other)
@@ -120,8 +134,9 @@ def generate(
 class _Head:
     """One KV head: its keys, float32 ``[S, D]``, and queries that fit them."""
 
-    def __init__(self, length: int, dim: int, generator: torch.Generator) -> None:
+    def __init__(self, length: int, dim: int, generator: torch.Generator, turning: int) -> None:
         device = generator.device
+        self._turning = turning
         self._rand = partial(torch.rand, generator=generator, device=device)
         self._randn = partial(torch.randn, generator=generator, device=device)
         waves = min(16, dim // 4)
@@ -141,14 +156,29 @@ class _Head:
     def query(self, topic: float) -> tuple[Tensor, Tensor]:
         """Queries float32 ``[S, D]`` that weigh topics by `topic`, and the needles they seek, int64 ``[S]``."""
         length = len(self._at)
-        target = (self._rand(length) * (self._at + 1)).long()
-        seeks = self._rand(length) < 1 / NEEDLE_EVERY
+        if self._turning:
+            target, seeks = self._turning_targets(), torch.ones(length, dtype=torch.bool, device=self._at.device)
+        else:
+            target = (self._rand(length) * (self._at + 1)).long()
+            seeks = self._rand(length) < 1 / NEEDLE_EVERY
         noise = NOISE * normalize(self._randn(self._identity.shape), dim=1)
-        wanted = torch.where(seeks[:, None], NEEDLE * self._identity[target], noise)
+        strength = TURNING if self._turning else NEEDLE
+        wanted = torch.where(seeks[:, None], strength * self._identity[target], noise)
         sink = torch.full((length, 1), SINK, device=wanted.device)
         rows = torch.cat([sink, LOCAL * self._wave, topic * TOPIC * self._topic, wanted], 1) @ self._rotation
+        if self._turning:
+            rows = normalize(rows, dim=1) * rows.norm(dim=1).mean()
         # The square root undoes the softmax scale.
         return rows * math.sqrt(rows.shape[1]), torch.where(seeks, target, -1)
+
+    def _turning_targets(self) -> Tensor:
+        """The key that each row seeks, int64 ``[S]``: in one of the blocks that its stretch shares."""
+        stretch = self._at // STRETCH_ROWS
+        shared = self._rand(int(stretch[-1]) + 1, self._turning)
+        pick = (self._rand(len(self._at)) * self._turning).long()
+        block = (shared[stretch, pick] * stretch.clamp_min(1)).long()
+        inside = (self._rand(len(self._at)) * STRETCH_ROWS).long()
+        return torch.minimum(block * STRETCH_ROWS + inside, self._at)
 
 
 def _add_outliers(key: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
