@@ -20,6 +20,7 @@ from sale_flex.integrations.transformers.layers import (
     set_state,
     state_of,
 )
+from sale_flex.integrations.transformers.measured import say_measured
 from sale_flex.integrations.transformers.parallel import local_heads
 from sale_flex.integrations.transformers.towers import towers_of
 
@@ -67,7 +68,8 @@ def configure(
         UnsupportedModelError: sale_flex does not compute the model's attention; a ValueError and NotImplementedError.
 
     Warns:
-        UserWarning: A `Calibration` is of a model with other weights.
+        UserWarning: A `Calibration` is of a model with other weights; or the config estimates by moments, and the
+            model is of a family on which that is not known to be safe. Where a family was measured is logged at INFO.
     """
     layers, cross, encoder = towers_of(model)
     check_implementation(layers)
@@ -88,6 +90,7 @@ def configure(
             set_state(other, states[index], cross=True)
     for module in encoder:
         set_state(module, _dense_state(module))
+    say_measured(model, configs.values())
 
 
 def _dense_state(module: torch.nn.Module) -> LayerState:

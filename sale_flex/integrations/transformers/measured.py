@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""On which families of models the choice of blocks was measured, and what `configure` says of the others."""
+
+import logging
+import warnings
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+
+from sale_flex.config import SaleConfig
+
+logger = logging.getLogger(__name__)
+
+MEASURED = {
+    "llama": "house-lm (24 M parameters, 32K tokens) and SmolLM2-135M (8K tokens)",
+    "gemma3_text": "Gemma 3 270M (32K tokens)",
+}
+"""Type of a model's config -> the checkpoints whose loss was compared with dense attention's (DESIGN.md)."""
+
+FAST_IS_SAFE = ("llama",)
+"""Of these, the families whose loss `SaleConfig.fast` leaves alone."""
+
+
+def say_measured(model: torch.nn.Module, configs: Iterable[SaleConfig]) -> None:
+    """Log at INFO, once a family, where its loss was measured; warn where moments are not known to be safe.
+
+    Args:
+        model: What is configured; a part without a config is of no family.
+        configs: Of its layers.
+    """
+    config = getattr(model, "config", None)
+    family = getattr(getattr(config, "get_text_config", lambda: config)(), "model_type", None)
+    if not isinstance(family, str):
+        return
+    _log_once(family)
+    moments = any(one.metric == "mass" and one.estimator == "moments" for one in configs)
+    if moments and family not in FAST_IS_SAFE:
+        known = "raises the loss of Gemma 3 270M by 0.058" if family == "gemma3_text" else "was not measured on them"
+        warnings.warn(
+            f"estimator='moments' is not known to be safe on models of type {family!r}: it {known}. Compare the loss "
+            "on your text with dense attention's, or take the default estimator, 'scan'.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+@cache
+def _log_once(family: str) -> None:
+    where = MEASURED.get(family)
+    if where is None:
+        logger.info(
+            "sale_flex was never measured on models of type %r (it was on %s): compare the loss on your text with "
+            "dense attention's before you rely on it.",
+            family,
+            ", ".join(MEASURED),
+        )
+    else:
+        logger.info("sale_flex was measured on models of type %r: %s.", family, where)
