@@ -40,7 +40,7 @@ def define(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     if isinstance(module, str):
         for_kernel, for_fallback = adapters
-        _LIBRARY.impl(name, _lazy(f"sale_flex.kernels.{module}", name, for_kernel), "CUDA")
+        _LIBRARY.impl(name, _lazy(f"sale_flex.kernels.{module}", name, lambda args: for_kernel(_dense(args))), "CUDA")
         fallback = _lazy(f"sale_flex.fallback.{module}", name, for_fallback)
         _LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     else:
@@ -54,6 +54,19 @@ def _lazy(module: str, name: str, adapt: Adapter) -> Callable[..., Any]:
         return getattr(import_module(module), name)(*adapt(args))
 
     return launch
+
+
+def _dense(args: Sequence[Any]) -> list[Any]:
+    """A kernel's arguments, contiguous but for queries, keys and values, whose strides kernels are told.
+
+    The rest is read by its shape alone: an expanded threshold, or a row of zeros that stands for many, would be read
+    beyond its end.
+    """
+    return [arg.contiguous() if isinstance(arg, Tensor) and not _has_strides(arg) else arg for arg in args]
+
+
+def _has_strides(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_floating_point()
 
 
 def _ceil(length: int, size: int) -> int:

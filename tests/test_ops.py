@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The custom ops keep the promises that torch.compile relies on: schema, fake, no aliasing, dynamic shapes."""
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 
-from sale_flex import SaleConfig, listed_ops, ops
-from sale_flex.testing import Shape, structured_inputs
+from sale_flex import SaleConfig, create_sale_block_mask, listed_ops, mods, ops
+from sale_flex.testing import Shape, block_map, structured_inputs
 
 OPS = [
     "build_lists",
@@ -112,3 +114,46 @@ def test_results_are_fresh_and_inputs_untouched(name):
         assert torch.equal(tensor, copy)
     storages = [x.untyped_storage().data_ptr() for x in (*tensors, *results)]
     assert len(set(storages)) == len({id(x) for x in tensors}) + len(results)
+
+
+def test_kernels_get_contiguous_tensors_but_for_queries_keys_and_values(monkeypatch):
+    # Bits, counts, scales and thresholds are read by their shape: one number expanded to many was read beyond its end.
+    got = []
+    module = ModuleType("sale_flex.kernels.nothing")
+    module.nothing = lambda *args: got.extend(args)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    query = torch.zeros(1, 8, 4, 32).transpose(1, 2)
+    bits = torch.zeros(1, 1, 1, 1, dtype=torch.int32).expand(1, 4, 8, 2)
+    threshold = torch.tensor([0.1]).expand(4)
+    ops._lazy(module.__name__, "nothing", ops._dense)(query, bits, threshold, None, 3, "key", [bits])
+    assert got[0] is query
+    assert torch.equal(got[1], bits)
+    assert torch.equal(got[2], threshold)
+    assert got[1].is_contiguous()
+    assert got[2].is_contiguous()
+    assert got[3:6] == [None, 3, "key"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "config", [SaleConfig(min_length=0), SaleConfig(metric="relative", threshold=0.1, min_length=0)]
+)
+def test_expanded_tensors_are_what_they_show_on_a_gpu(config):
+    shape = Shape(700, 700, heads=4, kv_heads=2, head_dim=64)
+    query, key, _ = (x.cuda() for x in structured_inputs(shape, 0))
+    one = torch.tensor([0.1], device="cuda")
+    for mod in (None, mods.causal()):
+        expected = create_sale_block_mask(query, key, replace(config, threshold=one.repeat(4)), mask_mod=mod)
+        got = create_sale_block_mask(query, key, replace(config, threshold=one.expand(4)), mask_mod=mod)
+        assert torch.equal(block_map(got).kept, block_map(expected).kept)
+
+
+@pytest.mark.gpu
+def test_a_dense_call_under_a_mask_reads_no_bits_that_nobody_wrote_on_a_gpu():
+    garbage = torch.full((2**20,), -1, dtype=torch.int32, device="cuda")
+    bits = torch.zeros(1, 4, 16, 2, dtype=torch.int32, device="cuda")
+    del garbage
+    hits = bits.new_zeros(1, 1, 1, 1).expand(1, 4, 16, 2)
+    shown = torch.full_like(bits[:, :1], -1)
+    kept, *_ = listed_ops.listed_compact(hits, None, shown, shown, bits[:, :1].contiguous(), 2, 64, 64, 64, True)
+    assert not kept.any()

@@ -73,8 +73,8 @@ def _read_tensors(path: Path, names: Sequence[str], shape: tuple[int, int]) -> d
             raise ValueError(f"{path} is of an incomplete calibration: {', '.join(missing)} missing; calibrate again.")
         if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
             raise ValueError(
-                f"{path} must hold {name} as float32 {list(shape)}, as {CONFIG} says, got {tensors[name].dtype} "
-                f"{list(tensors[name].shape)}; calibrate again."
+                f"{path} must hold {name} as float32 {list(shape)}, as layers and heads of {CONFIG} say, got "
+                f"{tensors[name].dtype} {list(tensors[name].shape)}; calibrate again."
             )
     thresholds = tensors["thresholds"]
     if not bool((thresholds >= 0).all() & thresholds.isfinite().all()):
