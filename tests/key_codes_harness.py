@@ -18,7 +18,7 @@ RULE_OPTIONS: dict[str, dict[str, Any]] = {
     "moments": {},
     "moments, 8 bits": {"bits": 8},
     "scan": {"estimator": "scan"},
-    "default": {"estimator": "scan", "query_stride": 4, "bits": 8},
+    "default": {"estimator": "scan", "query_stride": 4, "bits": 8, "threshold": 0.05},
     "relative": {"metric": "relative", "threshold": 0.2},
     "relative, 8 bits": {"metric": "relative", "threshold": 0.2, "bits": 8},
 }
