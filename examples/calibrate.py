@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer = Tokenizer.from_file(str(PACKAGED / "tokenizer.json"))
     own, other, *_ = (torch.tensor([tokenizer.encode(text).ids[: args.length]]) for text in held_out_texts())
     # By default what is too short to gain time is dense; here the sparse path is what is to be seen.
-    config = sale_flex.SaleConfig(metric=args.metric, min_length=256)
+    config = sale_flex.SaleConfig(metric=args.metric, bits=8 if args.metric == "mass" else 4, min_length=256)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         found = sale_flex.calibrate(model, [own], config=config, target=args.target, out=folder, transfer=[other])

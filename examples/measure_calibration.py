@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows: dict[str, Any] = {"dense": dense}
     report("dense", dense, dense)
     for metric in args.metrics.split(","):
-        config = SaleConfig(metric=metric, min_length=args.min_length)
+        bits = 8 if metric == "mass" else 4  # as published
+        config = SaleConfig(metric=metric, bits=bits, min_length=args.min_length)
         for threshold in UNCALIBRATED[metric]:
             name = f"{metric}, {threshold} in every head"
-            one = SaleConfig(metric=metric, min_length=args.min_length, threshold=threshold)
+            one = replace(config, threshold=threshold)
             rows[name] = measure(model, samples, one)
             report(name, rows[name], dense)
         for target in map(float, args.targets.split(",")):

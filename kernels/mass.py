@@ -256,13 +256,13 @@ def _mass_hits_kernel(
                 square_by, square_shift, square_half = _factor(by_square, var_scale, SQUARE_LIMIT, WIDE)
                 var_scale = tl.load(var_scale_at + ahead)
             if TOGETHER:
-                by_row_only = constant[:, None, None]
+                of_row = constant[:, None, None]
                 if MOMENTS:
-                    rest = (by_row_only + square_half)[:, :, :, None]
+                    rest = (of_row + square_half)[:, :, :, None]
                     second = (_by_part(square, PART) >> square_shift[:, :, :, None]) * square_by[:, :, :, None] + rest
                     logit = tl.minimum(second, (constant + CAP)[:, None, None, None]) + half[:, :, :, None]
                 else:
-                    logit = (by_row_only + half)[:, :, :, None]
+                    logit = (of_row + half)[:, :, :, None]
                 logit = (_by_part(product, PART) >> shift[:, :, :, None]) * factor[:, :, :, None] + logit
                 bits = tl.maximum(tl.minimum(logit, highest), 0) << 7
                 total = tl.sum(bits.to(tl.float32, bitcast=True), axis=3)  # [BLOCK_M, NB * PARTS / 4, 4]

@@ -40,7 +40,9 @@ def define(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     if isinstance(module, str):
         for_kernel, for_fallback = adapters
-        _LIBRARY.impl(name, _lazy(f"sale_flex.kernels.{module}", name, lambda args: for_kernel(_dense(args))), "CUDA")
+        _LIBRARY.impl(
+            name, _lazy(f"sale_flex.kernels.{module}", name, lambda args: for_kernel(_contiguous(args))), "CUDA"
+        )
         fallback = _lazy(f"sale_flex.fallback.{module}", name, for_fallback)
         _LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     else:
@@ -56,7 +58,7 @@ def _lazy(module: str, name: str, adapt: Adapter) -> Callable[..., Any]:
     return launch
 
 
-def _dense(args: Sequence[Any]) -> list[Any]:
+def _contiguous(args: Sequence[Any]) -> list[Any]:
     """A kernel's arguments, contiguous but for queries, keys and values, whose strides kernels are told.
 
     The rest is read by its shape alone: an expanded threshold, or a row of zeros that stands for many, would be read

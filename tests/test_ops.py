@@ -125,7 +125,7 @@ def test_kernels_get_contiguous_tensors_but_for_queries_keys_and_values(monkeypa
     query = torch.zeros(1, 8, 4, 32).transpose(1, 2)
     bits = torch.zeros(1, 1, 1, 1, dtype=torch.int32).expand(1, 4, 8, 2)
     threshold = torch.tensor([0.1]).expand(4)
-    ops._lazy(module.__name__, "nothing", ops._dense)(query, bits, threshold, None, 3, "key", [bits])
+    ops._lazy(module.__name__, "nothing", ops._contiguous)(query, bits, threshold, None, 3, "key", [bits])
     assert got[0] is query
     assert torch.equal(got[1], bits)
     assert torch.equal(got[2], threshold)

@@ -28,22 +28,20 @@ from sale_flex.reference.common import (
 from sale_flex.reference.mass import (
     Decision,
     MassOptions,
-    Moments,
     PooledRows,
     RowMasses,
     candidate_span,
     decide,
     exact_masses,
     exact_part,
-    key_moments,
     mass_choice,
     mass_options,
     moment_logits,
     pool_rows,
     product_shift,
-    quantize_moments,
     row_masses,
 )
+from sale_flex.reference.moments import Moments, key_moments, quantize_moments
 from sale_flex.reference.programmed import programmed_attention, programmed_keep_map, seen_elements
 from sale_flex.reference.relative import element_scores, quantize_groups, relative_choice, row_limits
 

@@ -25,7 +25,8 @@ from sale_flex.reference.common import (
     rotate,
     rotation_width,
 )
-from sale_flex.reference.mass import MassOptions, mass_options, pool_rows, quantize_moments
+from sale_flex.reference.mass import MassOptions, mass_options, pool_rows
+from sale_flex.reference.moments import quantize_moments
 from sale_flex.reference.relative import quantize_groups
 
 Mod = Callable[..., Tensor]

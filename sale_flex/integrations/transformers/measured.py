@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -12,14 +13,23 @@ from sale_flex.config import SaleConfig
 
 logger = logging.getLogger(__name__)
 
-MEASURED = {
-    "llama": "house-lm (24 M parameters, 32K tokens) and SmolLM2-135M (8K tokens)",
-    "gemma3_text": "Gemma 3 270M (32K tokens)",
-}
-"""Type of a model's config -> the checkpoints whose loss was compared with dense attention's (DESIGN.md)."""
 
-FAST_IS_SAFE = ("llama",)
-"""Of these, the families whose loss `SaleConfig.fast` leaves alone."""
+class Measured(NamedTuple):
+    """What is known of a family."""
+
+    where: str
+    """The checkpoints whose loss was compared with dense attention's (DESIGN.md)."""
+    harm: str | None
+    """What `SaleConfig.fast` does to them; None: nothing."""
+
+
+MEASURED = {
+    "llama": Measured("house-lm (24 M parameters, 32K tokens) and SmolLM2-135M (8K tokens)", None),
+    "gemma3_text": Measured("Gemma 3 270M (32K tokens)", "raises the loss of Gemma 3 270M by 0.058"),
+}
+"""Type of a model's config -> what was measured."""
+
+_UNKNOWN = Measured("", "was not measured on them")
 
 
 def say_measured(model: torch.nn.Module, configs: Iterable[SaleConfig]) -> None:
@@ -35,10 +45,10 @@ def say_measured(model: torch.nn.Module, configs: Iterable[SaleConfig]) -> None:
         return
     _log_once(family)
     moments = any(one.metric == "mass" and one.estimator == "moments" for one in configs)
-    if moments and family not in FAST_IS_SAFE:
-        known = "raises the loss of Gemma 3 270M by 0.058" if family == "gemma3_text" else "was not measured on them"
+    harm = MEASURED.get(family, _UNKNOWN).harm
+    if moments and harm is not None:
         warnings.warn(
-            f"estimator='moments' is not known to be safe on models of type {family!r}: it {known}. Compare the loss "
+            f"estimator='moments' is not known to be safe on models of type {family!r}: it {harm}. Compare the loss "
             "on your text with dense attention's, or take the default estimator, 'scan'.",
             UserWarning,
             stacklevel=3,
@@ -47,8 +57,7 @@ def say_measured(model: torch.nn.Module, configs: Iterable[SaleConfig]) -> None:
 
 @cache
 def _log_once(family: str) -> None:
-    where = MEASURED.get(family)
-    if where is None:
+    if family not in MEASURED:
         logger.info(
             "sale_flex was never measured on models of type %r (it was on %s): compare the loss on your text with "
             "dense attention's before you rely on it.",
@@ -56,4 +65,4 @@ def _log_once(family: str) -> None:
             ", ".join(MEASURED),
         )
     else:
-        logger.info("sale_flex was measured on models of type %r: %s.", family, where)
+        logger.info("sale_flex was measured on models of type %r: %s.", family, MEASURED[family].where)
