@@ -264,6 +264,7 @@ def _attend(
         backward=backward,
         dense=None if plain else reason,
         reuse=reuse,
+        wants_audit=stats,
     )
     counts = built.counts
     mark("mask", query.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from sale_flex import ops, programmed
+from sale_flex.audit import audit
 from sale_flex.autocast import autocast_inputs, without_autocast
 from sale_flex.break_even import early_rows
 from sale_flex.config import SaleConfig
@@ -19,6 +20,7 @@ from sale_flex.key_codes import KeyCodes, Reuse, reuse_of
 from sale_flex.mask_mods import kept_block, visible
 from sale_flex.mods import MaskMod, ScoreMod
 from sale_flex.rules import RULES
+from sale_flex.sight import Mod, Sight
 from sale_flex.stats import SaleStats, mask_stats
 from sale_flex.user_mods import UserMods, check_mods, see_mods
 from sale_flex.validation import check_inputs, settled
@@ -138,7 +140,17 @@ def create_sale_block_mask(
         bounds = make_bounds(query, key, q_offset, kv_range)
         backward = wants_grad(query, key, value)
         built = build_block_mask(
-            query, key, value, mods, bounds, kv_range is None, scale, config, backward=backward, reuse=reuse
+            query,
+            key,
+            value,
+            mods,
+            bounds,
+            kv_range is None,
+            scale,
+            config,
+            backward=backward,
+            reuse=reuse,
+            wants_audit=stats,
         )
         return MaskResult(built.block_mask, built.counts()) if stats else built.block_mask
 
@@ -170,6 +182,7 @@ def build_block_mask(
     backward: bool = False,
     dense: str | None = None,
     reuse: Reuse | None = None,
+    wants_audit: bool = False,
 ) -> Built:
     """`create_sale_block_mask` on checked input.
 
@@ -189,6 +202,7 @@ def build_block_mask(
         backward: Whether the mask is for a backward pass too.
         dense: Keep all that is visible, for this reason, without an estimate.
         reuse: Codes of earlier chunks' keys.
+        wants_audit: Whether somebody wants to know what the choice missed.
     """
     heads, q_len = query.shape[1:3]
     kv_len = key.shape[2]
@@ -205,6 +219,9 @@ def build_block_mask(
     min_length = EVERY_ROW if keeps_all else min_length
     wide = keeps_all or backward
     device = "triton" if query.is_cuda else "torch"
+    audited = not keeps_all and (config.on_miss == "dense" or (wants_audit and config.on_miss == "report"))
+    nonfinite = None if value is None else ops.nonfinite_blocks(value, bounds, block_k)
+    missed = None
     if mods.plain:
         widths = every_block if wide else list_widths(query, kv_len, config, min_length, every_key_is_valid)
         if reuse is not None and reuse.key_codes.length:
@@ -223,31 +240,42 @@ def build_block_mask(
             grid,
             reuse,
         )
-        nonfinite = None if value is None else ops.nonfinite_blocks(value, bounds, block_k)
+        if audited:
+            sight = Sight(bounds, True, "", [], None, 1, 1)
+            hits, missed = audit(query, key, hits, nonfinite, None, None, sight, Mod(), scale, config, min_length)
         lists = build_index_lists(hits, nonfinite, bounds, query, key, config, min_length, widths, lookup, leave_early)
         mask_mod = visible(bounds)
         if lookup:
             mask_mod = and_masks(kept_block(lists.kept, block_q, block_k), mask_mod)
         path = f"dense flex: {dense}" if dense else f"{device} scan + flex"
-        counts = partial(mask_stats, lists.partial_num, lists.full_num, dropped, bounds, grid, path)
+        counts = partial(mask_stats, lists.partial_num, lists.full_num, dropped, bounds, grid, path, missed)
     else:
         seen = see_mods(mods, query, key, bounds)
         structure = programmed.lay_out(seen, grid)
         widths = every_block if wide else programmed_widths(query, kv_len, config, min_length)
         always, dropped = structure.visible, None
         if dense is None:
-            always, hits, dropped = programmed.choose(
-                query, key, seen, structure, threshold, scale, config, min_length, widths.budget, reuse
+            always, hits, dropped, missed = programmed.choose(
+                query,
+                key,
+                seen,
+                structure,
+                threshold,
+                scale,
+                config,
+                min_length,
+                widths.budget,
+                nonfinite,
+                audited,
+                reuse,
             )
         else:
             hits = always.new_zeros(1, 1, 1, 1).expand(query.shape[0], heads, grid.query_blocks, grid.words)
-        lists, overflow = programmed.list_kept(
-            hits, value, structure, always, bounds, key.shape[1], grid, widths, lookup
-        )
+        lists, overflow = programmed.list_kept(hits, nonfinite, structure, always, key.shape[1], grid, widths, lookup)
         kept = lists.kept if lookup else None
         mask_mod = programmed.mask_mod_of(mods, seen.sight, kept, config.block_size, every_key_is_valid)
         path = f"dense flex: {dense}" if dense else f"{device} {seen.describe(config)} + flex"
-        counts = partial(programmed.count, lists, structure, dropped, overflow, path)
+        counts = partial(programmed.count, lists, structure, dropped, overflow, path, missed)
     block_mask = from_lists(lists, config.block_size, mask_mod, (q_len, kv_len), backward)
     return Built(block_mask, counts, lists.kept)
 

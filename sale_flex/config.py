@@ -11,6 +11,7 @@ from torch import Tensor
 BLOCK_SIZES = ((64, 64), (64, 32), (128, 64), (128, 128))
 METRICS = ("mass", "relative")
 ESTIMATORS = ("moments", "scan")
+ON_MISS = ("report", "dense", "ignore")
 POOLS = (1, 2, 4, 8, 16)
 SUB_BLOCKS = (4, 8, 16, 32, 64)
 
@@ -77,6 +78,15 @@ class SaleConfig:
     are kept and the others counted (`SaleStats.dropped_blocks`). None: all of them on short prompts and for thresholds
     given per head, otherwise what bounds the lists' memory (DESIGN.md, "Index lists")."""
 
+    on_miss: str = "report"
+    """What the audit is for: one row of every 64 to 256 positions is scored exactly, to see what the choice missed
+    (`sale_flex.stats.Audit`). ``"report"``: for the stats of who asks for them, and the transformers integration does.
+    ``"dense"``: in every call, and a head that missed more than `miss_bound` keeps all its blocks, decided on the
+    device; index lists then have room for all. ``"ignore"``: no audit."""
+
+    miss_bound: float = 0.2
+    """Share of what audited rows want, in [0, 1], whose loss is too much (`sale_flex.stats.Audit.miss`)."""
+
     @classmethod
     def fast(cls, threshold: float | Tensor = 0.005, **options: Any) -> Self:
         """The cheapest estimate, for models on which it was measured: moments of 8 keys, 4 queries averaged, 4 bits.
@@ -100,6 +110,12 @@ class SaleConfig:
             raise ValueError(f"metric must be one of {METRICS}, got {self.metric!r}.")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {ESTIMATORS}, got {self.estimator!r}.")
+        if self.on_miss not in ON_MISS:
+            raise ValueError(f"on_miss must be one of {ON_MISS}, got {self.on_miss!r}.")
+        if isinstance(self.miss_bound, bool) or not isinstance(self.miss_bound, (int, float)):
+            raise TypeError(f"miss_bound must be a float, got {self.miss_bound!r}.")
+        if not 0 <= self.miss_bound <= 1:
+            raise ValueError(f"miss_bound must be a share in [0, 1], got {self.miss_bound!r}.")
         _check_threshold(self.threshold)
         if tuple(self.block_size) not in BLOCK_SIZES:
             raise ValueError(

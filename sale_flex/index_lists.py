@@ -113,6 +113,8 @@ def _asked_width(max_blocks: int, always: int, key_blocks: int, min_length: int)
 
 def _may_be_bounded(config: SaleConfig) -> bool:
     """Whether a list may be too short for what passes the threshold: masses say what to give up, no head is dense."""
+    if config.on_miss == "dense":
+        return False
     return config.metric == "mass" and not isinstance(config.threshold, Tensor) and config.threshold > 0
 
 

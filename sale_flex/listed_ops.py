@@ -123,6 +123,13 @@ def _fake_rows(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+def _fake_audit(query: Tensor, *_: Any) -> Tensor:
+    tokens = query.shape[2]
+    slots = torch.sym_min(tokens // 64, 64) + torch.sym_min(torch.sym_max(tokens - 4096, 0) // 128, 96)
+    slots += torch.sym_max(tokens - 16384, 0) // 256 + 2
+    return query.new_empty(*query.shape[:2], slots, 3, dtype=torch.float32)
+
+
 def _listed_bits(
     partial_num: Tensor, partial_idx: Tensor, full_num: Tensor | None, full_idx: Tensor | None, key_blocks: int
 ) -> Tensor:
@@ -201,5 +208,13 @@ listed_rows = define(
     " float scale, int block_q, int block_k) -> (Tensor, Tensor)",
     _fake_rows,
     "listed_rows",
+    _ADAPTERS,
+)
+audit_rows = define(
+    f"audit_rows(Tensor query, Tensor key, Tensor hits, Tensor? nonfinite, Tensor? always, Tensor? rows, {_SIGHT},"
+    " str score_key, Tensor[] score_tensors, float scale, float least, int block_q, int block_k, int sink_tokens,"
+    " int local_tokens, SymInt min_length) -> Tensor",
+    _fake_audit,
+    "audit",
     _ADAPTERS,
 )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, noop_mask
 
-from sale_flex import listed_ops, ops
+from sale_flex import listed_ops
+from sale_flex.audit import audit
 from sale_flex.bits import count_bits
 from sale_flex.config import SaleConfig
 from sale_flex.geometry import Grid
@@ -19,7 +20,7 @@ from sale_flex.mask_mods import kept_block, valid, visible
 from sale_flex.mods import MaskMod
 from sale_flex.rules import RULES
 from sale_flex.sight import Lists, Sight, Structure
-from sale_flex.stats import SaleStats
+from sale_flex.stats import Audit, SaleStats, no_audit
 from sale_flex.user_mods import SeenMods, UserMods
 
 
@@ -54,9 +55,11 @@ def choose(
     config: SaleConfig,
     min_length: int,
     budget: int,
+    nonfinite: Tensor | None,
+    audited: bool,
     reuse: Reuse | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Bits of what is always kept, hit bits, and hits given up for the budget.
+) -> tuple[Tensor, Tensor, Tensor | None, Audit | None]:
+    """Bits of what is always kept, hit bits, hits given up for the budget, and what the choice missed.
 
     Args:
         query: ``[B, Hq, Sq, D]``.
@@ -68,6 +71,8 @@ def choose(
         config: What to keep.
         min_length: Rows whose first and last key are less apart keep all they see, in tokens.
         budget: Hits that a query block has room for.
+        nonfinite: Bits of blocks that are kept for their values.
+        audited: Whether rows are asked what was missed.
         reuse: Codes of earlier chunks' keys.
     """
     bounds = seen.sight.bounds
@@ -91,22 +96,35 @@ def choose(
     hits, dropped = rule.estimate_listed(
         query, key, codes, structure, lists, seen.sight, seen.score, threshold, scale, config, budget, seen.rough
     )
-    return lists.always, hits, dropped
+    missed = None
+    if audited:
+        hits, missed = audit(
+            query,
+            key,
+            hits,
+            nonfinite,
+            lists.always,
+            structure.rows,
+            seen.sight,
+            seen.score,
+            scale,
+            config,
+            min_length,
+        )
+    return lists.always, hits, dropped, missed
 
 
 def list_kept(
     hits: Tensor,
-    value: Tensor | None,
+    nonfinite: Tensor | None,
     structure: Structure,
     always: Tensor,
-    bounds: Tensor,
     kv_heads: int,
     grid: Grid,
     widths: Widths,
     want_kept: bool,
 ) -> tuple[IndexLists, Tensor]:
     """Index lists of what is kept, and how many kept blocks found no room, int32 ``[B, Hq, nq]``."""
-    nonfinite = None if value is None else ops.nonfinite_blocks(value, bounds, grid.block_k)
     kept, partial_num, full_num, lists, dropped = listed_ops.listed_compact(
         hits, nonfinite, *structure[:2], always, kv_heads, widths.partial, widths.full, grid.key_blocks, want_kept
     )
@@ -139,9 +157,16 @@ def mask_mod_of(
     return and_masks(*parts) if parts else noop_mask
 
 
-def count(lists: IndexLists, structure: Structure, dropped: Tensor | None, overflow: Tensor, path: str) -> SaleStats:
+def count(
+    lists: IndexLists,
+    structure: Structure,
+    dropped: Tensor | None,
+    overflow: Tensor,
+    path: str,
+    missed: Audit | None,
+) -> SaleStats:
     """Counts of a programmed call."""
     kept = (lists.partial_num + lists.full_num).sum(-1)
     lost = overflow if dropped is None else overflow + dropped
     seen = count_bits(structure.visible).sum((-2, -1)).expand_as(kept)
-    return SaleStats(kept, seen, path, lost.sum(-1))
+    return SaleStats(kept, seen, path, lost.sum(-1), no_audit(kept) if missed is None else missed)

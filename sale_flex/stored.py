@@ -194,6 +194,8 @@ _CONFIG: dict[str, Rule] = {
     "metric": text,
     "threshold": number("a float"),
     "estimator": text,
+    "on_miss": text,
+    "miss_bound": number("a share"),
     **dict.fromkeys(_WHOLE_NUMBERS, integer(0)),
     **dict.fromkeys(("query_stride", "min_length", "max_blocks"), optional(integer(0))),
     "block_size": each(integer(1), count=2),

@@ -48,6 +48,7 @@ VARIANTS = (
 def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
     """Make masks for 32K tokens and 32 heads that share 8 heads of keys, by both rules, and pack codes."""
     from sale_flex import SaleConfig, create_sale_block_mask, ops
+    from sale_flex.kernels import audit
 
     query, key = (torch.empty(1, heads, 32768, dim, dtype=getattr(torch, dtype), device="meta") for heads in (32, 8))
     sizes = {"block_size": (block_q, block_k), "min_length": 1024}
@@ -57,6 +58,12 @@ def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
     for config in (SaleConfig(**sizes), SaleConfig(bits=4, **sizes), SaleConfig.fast(**sizes)):
         create_sale_block_mask(query, key, config)
     ops.quantize_rows(query, 4, packed=True)
+    bits = torch.empty(1, 32, 32768 // block_q, 32768 // block_k // 32, dtype=torch.int32, device="meta")
+    bounds = torch.empty(1, 3, dtype=torch.int32, device="meta")
+    audit.audit_rows(
+        query, key, bits, bits[:, :8, 0], None, None, bounds, True, None, None, 1, 1, None, 0.1, 0.05,
+        block_q, block_k, 32, 128, 1024,
+    )  # fmt: skip
 
 
 def bypass_dispatch() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sale_flex.reference.audit import AuditedRows, audit_rows, audited_positions
 from sale_flex.reference.common import (
     KeepMap,
     always_kept,
@@ -46,12 +47,15 @@ from sale_flex.reference.programmed import programmed_attention, programmed_keep
 from sale_flex.reference.relative import element_scores, quantize_groups, relative_choice, row_limits
 
 __all__ = [
+    "AuditedRows",
     "Decision",
     "KeepMap",
     "MassOptions",
     "Moments",
     "PooledRows",
     "RowMasses",
+    "audit_rows",
+    "audited_positions",
     "candidate_span",
     "decide",
     "element_scores",

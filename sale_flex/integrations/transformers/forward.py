@@ -146,8 +146,12 @@ def _attend(state: LayerState | None, call: AttentionCall, codes: KeyCodes | Non
     assert isinstance(result, SaleResult)
     stats = result.stats
     _count(state, DENSE if stats.ran_dense else SPARSE, stats.path)
-    for place, counts in enumerate((stats.kept_blocks, stats.visible_blocks, stats.dropped_blocks)):
-        state.blocks[place].add_(counts.sum(0))
+    missed = stats.audit
+    counts = (stats.kept_blocks, stats.visible_blocks, stats.dropped_blocks, missed.rows, missed.made_dense)
+    for place, count in enumerate(counts):
+        state.blocks[place].add_(count.sum(0))
+    for place, mass in enumerate((missed.wanted_mass, missed.missed_mass, missed.missed_squares)):
+        state.masses[place].add_(mass.sum(0))
     return result.output
 
 

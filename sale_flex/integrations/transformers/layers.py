@@ -39,7 +39,9 @@ class LayerState:
         config: What to keep.
         observer: Who takes the layer's calls instead of sale_attention, if anybody.
         calls: int64 ``[3]``: calls that ran sparse, prefill that ran dense, decoding steps.
-        blocks: int64 ``[3, Hq]``: kept, visible and dropped blocks of each head, of prefill.
+        blocks: int64 ``[5, Hq]``: kept, visible and dropped blocks of each head, of prefill; audited rows, and calls in
+            which the head was made dense.
+        masses: float32 ``[3, Hq]``: what audited rows wanted, missed, and the squares of that.
         paths: How often each path of `SaleStats.path` ran in prefill, outside compiled programs.
         clock: Time of choosing blocks and of attention in prefill, outside compiled programs.
     """
@@ -49,17 +51,18 @@ class LayerState:
         self.observer: Callable[[Any], Tensor] | None = None
         with _lasting():
             self.calls = _counter(3, device=device)
-            self.blocks = _counter(3, heads, device=device)
+            self.blocks = _counter(5, heads, device=device)
+            self.masses = _counter(3, heads, device=device, dtype=torch.float32)
         self.paths: Counter[str] = Counter()
         self.clock = Clock()
 
     def move(self, device: torch.device) -> None:
         """Follow the layer to another device."""
         with _lasting():
-            calls, blocks = self.calls, self.blocks
-            self.calls, self.blocks = _counter(*calls.shape, device=device), _counter(*blocks.shape, device=device)
-            self.calls.copy_(calls)
-            self.blocks.copy_(blocks)
+            for name in ("calls", "blocks", "masses"):
+                before = getattr(self, name)
+                setattr(self, name, _counter(*before.shape, device=device, dtype=before.dtype))
+                getattr(self, name).copy_(before)
             if isinstance(self.config.threshold, Tensor):
                 self.config = replace(self.config, threshold=self.config.threshold.to(device))
 
@@ -67,6 +70,7 @@ class LayerState:
         """Count from 0 again."""
         self.calls.zero_()
         self.blocks.zero_()
+        self.masses.zero_()
         self.paths.clear()
         self.clock.reset()
 
@@ -76,9 +80,9 @@ def _lasting() -> AbstractContextManager[Any]:
     return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
-def _counter(*shape: int, device: torch.device) -> Tensor:
+def _counter(*shape: int, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Counts that compiled programs add to; CUDA graphs are only made of those whose changed tensors stay in place."""
-    counts = torch.zeros(shape, dtype=torch.int64, device=device)
+    counts = torch.zeros(shape, dtype=dtype, device=device)
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(counts)
     return counts

@@ -33,6 +33,15 @@ class LayerStats:
     """Kept over visible blocks of every query head of this process, of all prefill; NaN before any."""
     dropped_blocks: int
     """Blocks above the threshold that found no room in their index list."""
+    audited_rows: int
+    """Rows that were asked exactly what they want, of every query head."""
+    missed_mass: tuple[float, ...]
+    """Probability that a row lost in blocks it wants, of every head, the mean over audited rows; NaN before any."""
+    miss: tuple[float, ...]
+    """Share of it that was not kept, of every head (`sale_flex.stats.Audit.miss`); NaN before any audit. Above
+    `SaleConfig.miss_bound` (0.2) a head's choice is not to be trusted."""
+    made_dense: tuple[int, ...]
+    """How often each head was made dense for what it missed (``on_miss="dense"``), in calls and their batch rows."""
     paths: dict[str, int]
     """How often each path ran, as `SaleStats.path` names them; without calls inside compiled programs."""
     mask_ms: float
@@ -53,22 +62,26 @@ class ModelStats:
         values = [value for layer in self.layers for value in layer.density]
         return sum(values) / len(values)
 
+    @property
+    def miss(self) -> float:
+        """Of the head that missed most; NaN before any audit."""
+        values = [value for layer in self.layers for value in layer.miss if value == value]
+        return max(values, default=float("nan"))
+
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN: a density that is not known is None."""
-        layers = [
-            asdict(layer) | {"density": [None if value != value else value for value in layer.density]}
-            for layer in self.layers
-        ]
-        return {"layers": layers}
+        """For JSON, which has no NaN: what is not known is None."""
+        return {"layers": [asdict(one) | _known(one) for one in self.layers]}
 
     def __str__(self) -> str:
-        counts = f"{'layer':>5}  {'sparse':>6}  {'dense':>5}  {'decode':>6}  {'density':>7}"
+        counts = f"{'layer':>5}  {'sparse':>6}  {'dense':>5}  {'decode':>6}  {'density':>7}  {'miss':>5}"
         lines = [f"{counts}  {'mask ms':>8}  {'attention ms':>12}  by head"]
         for one in self.layers:
             mean = sum(one.density) / len(one.density)
             heads = " ".join(f"{value:.2f}" for value in one.density)
             calls = f"{one.layer:>5}  {one.sparse_calls:>6}  {one.dense_calls:>5}  {one.decode_calls:>6}"
-            lines.append(f"{calls}  {mean:>7.3f}  {one.mask_ms:>8.2f}  {one.attention_ms:>12.2f}  {heads}")
+            lines.append(
+                f"{calls}  {mean:>7.3f}  {max(one.miss):>5.2f}  {one.mask_ms:>8.2f}  {one.attention_ms:>12.2f}  {heads}"
+            )
         return "\n".join(lines)
 
 
@@ -95,9 +108,17 @@ def reset_stats(model: torch.nn.Module) -> None:
         state.reset()
 
 
+def _known(layer: LayerStats) -> dict[str, list[float | None]]:
+    shares = {"density": layer.density, "missed_mass": layer.missed_mass, "miss": layer.miss}
+    return {name: [None if value != value else value for value in row] for name, row in shares.items()}
+
+
 def _read(index: int, state: LayerState) -> LayerStats:
     calls = state.calls.tolist()
-    kept, visible, dropped = state.blocks.tolist()
+    kept, visible, dropped, audited, made_dense = state.blocks.tolist()
+    wanted, missed, squares = state.masses.tolist()
+    miss = tuple(s / w if w else (0.0 if n else float("nan")) for s, w, n in zip(squares, wanted, audited))
+    missed_mass = tuple(m / n if n else float("nan") for m, n in zip(missed, audited))
     density = tuple(k / v if v else float("nan") for k, v in zip(kept, visible))
     times = state.clock.read()
     return LayerStats(
@@ -107,6 +128,10 @@ def _read(index: int, state: LayerState) -> LayerStats:
         calls[DECODE],
         density,
         sum(dropped),
+        audited[0],
+        missed_mass,
+        miss,
+        tuple(made_dense),
         dict(state.paths),
         times.get("mask", 0.0),
         times.get("attention", 0.0),
