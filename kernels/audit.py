@@ -27,15 +27,15 @@ SPAN = 8
 
 
 def slots_before(tokens: int) -> int:
-    """Groups of positions that end within the first `tokens`: of 64 up to 4,096, of 128 up to 16,384, of 256 behind."""
-    return min(tokens // 64, 64) + min(max(tokens - 4096, 0) // 128, 96) + max(tokens - 16384, 0) // 256
+    """Groups of positions that end within the first `tokens`: of 64 up to 4,096, of 128 up to 8,192, of 256 behind."""
+    return min(tokens // 64, 64) + min(max(tokens - 4096, 0) // 128, 32) + max(tokens - 8192, 0) // 256
 
 
 @triton.jit
 def _audited_position(slot):
     """The audited position of the slot-th group, counted from the first valid key."""
-    first = tl.where(slot < 64, slot * 64, tl.where(slot < 160, (slot - 32) * 128, (slot - 96) * 256))
-    shift = tl.where(slot < 64, 26, tl.where(slot < 160, 25, 24)).to(tl.uint32)
+    first = tl.where(slot < 64, slot * 64, tl.where(slot < 96, (slot - 32) * 128, (slot - 64) * 256))
+    shift = tl.where(slot < 64, 26, tl.where(slot < 96, 25, 24)).to(tl.uint32)
     # Multiples of the golden ratio: places within the groups are spread evenly, and depend on the position alone.
     return first + ((slot.to(tl.uint32) * 2654435769) >> shift).to(tl.int32)
 
@@ -44,15 +44,16 @@ def _audited_position(slot):
 def _audited(
     tile, b, structure, rows_ptr, bounds_ptr, q_len, query_rows, min_length,
     LISTED_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Query rows of a tile, whether each is audited, and the key blocks [low, high) that any of them sees."""
+    """Query rows of a tile, each TOGETHER times; whether they are audited; the key blocks [low, high) that any sees."""
     offset = tl.load(bounds_ptr + b * 3)
     start = tl.load(bounds_ptr + b * 3 + 1)
     end = tl.load(bounds_ptr + b * 3 + 2)
     before = tl.maximum(offset - start, 0)
-    slot = tl.minimum(before >> 6, 64) + tl.minimum(tl.maximum(before - 4096, 0) >> 7, 96)
-    slot += tl.maximum(before - 16384, 0) >> 8
-    at = start + _audited_position(slot + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    slot = tl.minimum(before >> 6, 64) + tl.minimum(tl.maximum(before - 4096, 0) >> 7, 32)
+    slot += tl.maximum(before - 8192, 0) >> 8
+    at = start + _audited_position(slot + tile * (BLOCK_M // TOGETHER) + tl.arange(0, BLOCK_M) // TOGETHER)
     q = at - offset
     there = (q >= 0) & (q < q_len) & (at < end)
     q = tl.where(there, q, 0)
@@ -79,18 +80,21 @@ def _weigh_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, STRUCTURE_HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SCORE: tl.constexpr,
     LISTED_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 logarithms of sums of exponentials of SPAN key blocks, ``logs[b, h, tile, nk, BLOCK_M]``."""
+    """Base-2 logarithms of sums of exponentials of SPAN key blocks, ``logs[b, h / TOGETHER, tile, nk, BLOCK_M]``.
+
+    A tile's rows are those of TOGETHER heads that share keys, the heads of a position side by side.
+    """
     TILES: tl.constexpr = BLOCK_K // BLOCK_N
-    bh = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(1) // HEADS
-    head = tl.program_id(1) % HEADS
+    group = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1) // (HEADS // TOGETHER)
+    head = tl.program_id(1) % (HEADS // TOGETHER) * TOGETHER
     tile = tl.program_id(0) % tiles
     structure = (b * STRUCTURE_HEADS + (head if STRUCTURE_HEADS > 1 else 0)).to(tl.int64)
     q, there, low_block, high_block = _audited(
         first_tile + tile, b, structure, rows_ptr, bounds_ptr, q_len, query_rows, min_length,
-        LISTED_ROWS, BLOCK_Q, BLOCK_K, BLOCK_M,
+        LISTED_ROWS, BLOCK_Q, BLOCK_K, BLOCK_M, TOGETHER,
     )  # fmt: skip
     low_block = tl.maximum(low_block, tl.program_id(0) // tiles * SPAN)
     high_block = tl.minimum(high_block, (tl.program_id(0) // tiles + 1) * SPAN)
@@ -99,14 +103,17 @@ def _weigh_kernel(
     end = tl.load(bounds_ptr + b * 3 + 2)
     at = q + offset
     lowest = tl.min(tl.where(there, at, 2**30))
+    # Heads that see differently are not together.
     listed_ptr = at_head(listed_ptr, b, head, listed_b, listed_h, LISTED_Q)
+    h = head + tl.arange(0, BLOCK_M) % TOGETHER
 
     offsets_d = tl.arange(0, BLOCK_D)
-    query_ptr += b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    pointers = query_ptr + q.to(tl.int64)[:, None] * stride_qs + offsets_d[None, :] * stride_qd
+    query_ptr += b.to(tl.int64) * stride_qb
+    row_at = h.to(tl.int64) * stride_qh + q.to(tl.int64) * stride_qs
+    pointers = query_ptr + row_at[:, None] + offsets_d[None, :] * stride_qd
     query = tl.load(pointers, mask=there[:, None] & (offsets_d < D)[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
     key_ptr += b.to(tl.int64) * stride_kb + (head // (HEADS // KV_HEADS)).to(tl.int64) * stride_kh
-    logs_ptr += (bh * tiles + tile) * key_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    logs_ptr += (group * tiles + tile) * key_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for step in range(low_block * TILES, high_block * TILES):
@@ -114,12 +121,15 @@ def _weigh_kernel(
         kv = first_key + tl.arange(0, BLOCK_N)
         key_at = key_ptr + kv.to(tl.int64)[None, :] * stride_ks + offsets_d[:, None] * stride_kd
         key = tl.load(key_at, mask=(offsets_d < D)[:, None] & (kv < kv_len)[None, :], other=0.0)
-        logits = tl.dot(query, key, input_precision="ieee") * scale
+        logits = tl.dot(query, key, input_precision="ieee")
         kv = kv[None, :]
-        if SCORE is not None:
-            score = SCORE(logits, b, head, q[:, None], tl.minimum(kv, kv_len - 1), score_aux)
-            logits, _ = tl.broadcast(score.to(tl.float32), logits)
-        logits = tl.where(is_finite(logits), logits * LOG2E, float("-inf"))
+        if SCORE is None:
+            logits *= scale * LOG2E
+        else:
+            score = SCORE(logits * scale, b, h[:, None], q[:, None], tl.minimum(kv, kv_len - 1), score_aux)
+            score, _ = tl.broadcast(score.to(tl.float32), logits)
+            logits = score * LOG2E
+        logits = tl.where(is_finite(logits), logits, float("-inf"))
         if (MASK is None) and (LISTED_Q == 0):
             last_key = first_key + BLOCK_N - 1
             if (first_key < start) | (last_key >= tl.minimum(end, kv_len)) | (CAUSAL & (last_key > lowest)):
@@ -158,19 +168,20 @@ def _share_kernel(
     first_tile, tiles,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, STRUCTURE_HEADS: tl.constexpr, LISTED_ROWS: tl.constexpr,
     FLAGS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Of each row of a tile: whether it is audited, what it wants in blocks, and what of that was not kept."""
-    bh = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(1) // HEADS
-    head = tl.program_id(1) % HEADS
+    group = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1) // (HEADS // TOGETHER)
+    head = tl.program_id(1) % (HEADS // TOGETHER) * TOGETHER
     tile = tl.program_id(0)
     structure = (b * STRUCTURE_HEADS + (head if STRUCTURE_HEADS > 1 else 0)).to(tl.int64)
     q, there, low_block, high_block = _audited(
         first_tile + tile, b, structure, rows_ptr, bounds_ptr, q_len, query_rows, min_length,
-        LISTED_ROWS, BLOCK_Q, BLOCK_K, BLOCK_M,
+        LISTED_ROWS, BLOCK_Q, BLOCK_K, BLOCK_M, TOGETHER,
     )  # fmt: skip
     row = tl.arange(0, BLOCK_M)
-    logs_ptr += (bh * tiles + tile) * key_blocks * BLOCK_M + row[None, :]
+    logs_ptr += (group * tiles + tile) * key_blocks * BLOCK_M + row[None, :]
     first_word = low_block // 32
     last_word = tl.cdiv(high_block, 32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -190,7 +201,8 @@ def _share_kernel(
     start = tl.load(bounds_ptr + b * 3 + 1)
     near = tl.maximum(tl.maximum(offset + q // BLOCK_Q * BLOCK_Q, start) - local_tokens + 1, 0) // BLOCK_K
     sink_blocks = tl.cdiv(start + sink_tokens, BLOCK_K)
-    hits_ptr += (bh * query_blocks + query_block) * words
+    of_head = (b * HEADS + head + row % TOGETHER).to(tl.int64)
+    hits_ptr += (of_head * query_blocks + query_block) * words
     always_ptr += (structure * query_blocks + query_block) * words
     nonfinite_ptr += (b * KV_HEADS + head // (HEADS // KV_HEADS)).to(tl.int64) * words
     wanted = tl.zeros([BLOCK_M], tl.float32)
@@ -211,8 +223,8 @@ def _share_kernel(
         share = tl.where(far & (share >= least), share, 0.0)
         wanted += tl.sum(share, axis=0)
         missed += tl.sum(tl.where(((kept[None, :] >> bit) & 1) == 0, share, 0.0), axis=0)
-    slot = (first_tile + tile) * BLOCK_M + row
-    audit_ptr += (bh * slots + slot) * 3
+    slot = (first_tile + tile) * (BLOCK_M // TOGETHER) + row // TOGETHER
+    audit_ptr += (of_head * slots + slot) * 3
     tl.store(audit_ptr, there.to(tl.float32), mask=slot < slots)
     tl.store(audit_ptr + 1, tl.where(there, wanted, 0.0), mask=slot < slots)
     tl.store(audit_ptr + 2, tl.where(there, missed, 0.0), mask=slot < slots)
@@ -242,7 +254,7 @@ def audit_rows(
 ) -> Tensor:
     """What audited rows want of the blocks that are not kept in any case, and what of that the choice missed.
 
-    Positions, counted from the first valid key, fall into groups of n = 64, from 4,096 on of 128, from 16,384 on of
+    Positions, counted from the first valid key, fall into groups of n = 64, from 4,096 on of 128, from 8,192 on of
     256. Of the g-th one the row at place ``floor(n * frac(g * phi))`` is audited, phi the golden ratio in 32 bits,
     unless it is early.
 
@@ -279,31 +291,36 @@ def audit_rows(
     slots = slots_before(q_len) + 2
     audit = query.new_empty(batch, heads, slots, 3, dtype=torch.float32)
     block_d = triton.next_power_of_2(dim)
-    # Tiles as in `row_limits`.
-    fit = max(16, 16384 // (block_d * query.element_size()))
-    block_m, block_n = min(64, fit), min(64, fit, block_k)
-    tiles = triton.cdiv(slots, block_m)
-    together = min(tiles, max(1, RANGE_BYTES // (batch * heads * key_blocks * block_m * 4)))
-    logs = query.new_empty(batch * heads * together * key_blocks * block_m, dtype=torch.float32)
+    # 32 KiB of rows and two tiles of 16 KiB of keys fit every supported GPU's shared memory.
+    of_row = block_d * query.element_size()
+    block_m, block_n = min(64, 32768 // of_row), min(64, 16384 // of_row, block_k)
+    structure_heads = 1 if always is None else always.shape[1]
+    share = heads // key.shape[1]
+    together = 1 if structure_heads > 1 else min(share & -share, 8)
+    tiles = triton.cdiv(slots, block_m // together)
+    groups = batch * heads // together
+    at_once = min(tiles, max(1, RANGE_BYTES // (groups * key_blocks * block_m * 4)))
+    logs = query.new_empty(groups * at_once * key_blocks * block_m, dtype=torch.float32)
     listed_tensor, listed_b, listed_h, listed_words = listed_arguments(listed, bounds)
     mask_function, mask_aux = mod_arguments(mask)
     score_function, score_aux = mod_arguments(score)
     shared = {
-        "HEADS": heads, "KV_HEADS": key.shape[1], "STRUCTURE_HEADS": 1 if always is None else always.shape[1],
-        "LISTED_ROWS": always is not None, "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_M": block_m, "num_warps": 4,
+        "HEADS": heads, "KV_HEADS": key.shape[1], "STRUCTURE_HEADS": structure_heads,
+        "LISTED_ROWS": always is not None, "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_M": block_m,
+        "TOGETHER": together, "num_warps": 4,
     }  # fmt: skip
     # Where there is no tensor, `bounds` stands for it, and is not read.
     ends = bounds if rows is None else rows
-    for first in range(0, tiles, together):
-        count = min(together, tiles - first)
-        _weigh_kernel[(count * triton.cdiv(key_blocks, SPAN), batch * heads)](
+    for first in range(0, tiles, at_once):
+        count = min(at_once, tiles - first)
+        _weigh_kernel[(count * triton.cdiv(key_blocks, SPAN), groups)](
             query, *query.stride(), key, *key.stride(), ends, bounds,
             listed_tensor, listed_b, listed_h, listed_words, mask_aux, score_aux, logs,
             scale, q_len, key.shape[2], query_blocks * block_q, key_blocks, min_length, first, count,
             CAUSAL=causal, MASK=mask_function, LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
             SCORE=score_function, D=dim, BLOCK_D=block_d, BLOCK_N=block_n, SPAN=SPAN, num_stages=2, **shared,
         )  # fmt: skip
-        _share_kernel[(count, batch * heads)](
+        _share_kernel[(count, groups)](
             logs, hits, bounds if nonfinite is None else nonfinite, bounds if always is None else always, ends, bounds,
             audit, least, q_len, query_blocks * block_q, query_blocks, key_blocks, words, slots, sink_tokens,
             local_tokens, min_length, first, count, FLAGS=nonfinite is not None, **shared,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The audit of a choice: a few rows are asked exactly what they want, and what of it was not kept.
 
-One row of every 64 positions, from 4,096 on of every 128, from 16,384 on of every 256, is scored against all keys that
+One row of every 64 positions, from 4,096 on of every 128, from 8,192 on of every 256, is scored against all keys that
 it sees, at a hundredth of dense attention's cost. What it wants are the blocks that are not always kept and that take
 `WANTED` or more of its softmax. DESIGN.md, "What an audit measures", says why it is this measure.
 """

@@ -125,8 +125,8 @@ def _fake_rows(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_audit(query: Tensor, *_: Any) -> Tensor:
     tokens = query.shape[2]
-    slots = torch.sym_min(tokens // 64, 64) + torch.sym_min(torch.sym_max(tokens - 4096, 0) // 128, 96)
-    slots += torch.sym_max(tokens - 16384, 0) // 256 + 2
+    slots = torch.sym_min(tokens // 64, 64) + torch.sym_min(torch.sym_max(tokens - 4096, 0) // 128, 32)
+    slots += torch.sym_max(tokens - 8192, 0) // 256 + 2
     return query.new_empty(*query.shape[:2], slots, 3, dtype=torch.float32)
 
 

@@ -102,7 +102,7 @@ def test_on_a_gpu_it_is_what_the_torch_path_says(dtype, dim):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("offset", [3800, 16000, 20000])
+@pytest.mark.parametrize("offset", [3800, 7900, 20000])
 def test_on_a_gpu_far_positions(offset):
     shape = Shape(700, offset + 700, heads=2, kv_heads=1, head_dim=64, dtype=torch.bfloat16, q_offset=offset)
     compare(make_on_gpu(shape), None)

@@ -79,14 +79,14 @@ def audit_rows(
 
 
 def _slots_before(tokens: int) -> int:
-    return min(tokens // 64, 64) + min(max(tokens - 4096, 0) // 128, 96) + max(tokens - 16384, 0) // 256
+    return min(tokens // 64, 64) + min(max(tokens - 4096, 0) // 128, 32) + max(tokens - 8192, 0) // 256
 
 
 def _positions(before: int, slots: int, device: torch.device) -> Tensor:
     """Audited positions from the group that holds position `before` on, counted from the first valid key."""
     slot = _slots_before(before) + torch.arange(slots, device=device)
-    first = torch.where(slot < 64, slot * 64, torch.where(slot < 160, (slot - 32) * 128, (slot - 96) * 256))
-    shift = torch.where(slot < 64, 26, torch.where(slot < 160, 25, 24))
+    first = torch.where(slot < 64, slot * 64, torch.where(slot < 96, (slot - 32) * 128, (slot - 64) * 256))
+    shift = torch.where(slot < 64, 26, torch.where(slot < 96, 25, 24))
     return first + ((slot * 2654435769 & 0xFFFFFFFF) >> shift)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from sale_flex.reference.common import repeat_heads
 from sale_flex.reference.programmed import modified
 
-GROUPS = ((0, 64), (4096, 128), (16384, 256))
+GROUPS = ((0, 64), (4096, 128), (8192, 256))
 """From which position on one row of how many is audited."""
 
 

@@ -35,8 +35,11 @@ class LayerStats:
     """Blocks above the threshold that found no room in their index list."""
     audited_rows: int
     """Rows that were asked exactly what they want, of every query head."""
+    wanted_mass: tuple[float, ...]
+    """Probability on blocks that a row wants (5 % and more, not always kept), of every head, the mean over audited
+    rows; NaN before any."""
     missed_mass: tuple[float, ...]
-    """Probability that a row lost in blocks it wants, of every head, the mean over audited rows; NaN before any."""
+    """Of that, what lies on blocks that were not kept."""
     miss: tuple[float, ...]
     """Share of it that was not kept, of every head (`sale_flex.stats.Audit.miss`); NaN before any audit. Above
     `SaleConfig.miss_bound` (0.2) a head's choice is not to be trusted."""
@@ -109,7 +112,8 @@ def reset_stats(model: torch.nn.Module) -> None:
 
 
 def _known(layer: LayerStats) -> dict[str, list[float | None]]:
-    shares = {"density": layer.density, "missed_mass": layer.missed_mass, "miss": layer.miss}
+    names = ("density", "wanted_mass", "missed_mass", "miss")
+    shares = {name: getattr(layer, name) for name in names}
     return {name: [None if value != value else value for value in row] for name, row in shares.items()}
 
 
@@ -118,7 +122,9 @@ def _read(index: int, state: LayerState) -> LayerStats:
     kept, visible, dropped, audited, made_dense = state.blocks.tolist()
     wanted, missed, squares = state.masses.tolist()
     miss = tuple(s / w if w else (0.0 if n else float("nan")) for s, w, n in zip(squares, wanted, audited))
-    missed_mass = tuple(m / n if n else float("nan") for m, n in zip(missed, audited))
+    wanted_mass, missed_mass = (
+        tuple(m / n if n else float("nan") for m, n in zip(masses, audited)) for masses in (wanted, missed)
+    )
     density = tuple(k / v if v else float("nan") for k, v in zip(kept, visible))
     times = state.clock.read()
     return LayerStats(
@@ -129,6 +135,7 @@ def _read(index: int, state: LayerState) -> LayerStats:
         density,
         sum(dropped),
         audited[0],
+        wanted_mass,
         missed_mass,
         miss,
         tuple(made_dense),
