@@ -10,6 +10,7 @@ that any estimate of these rows could do.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sale_flex import SaleConfig, sale_attention
+from sale_flex import SaleConfig, flex_kernel_options, sale_attention
 from sale_flex.audit import audit
 from sale_flex.bench.provenance import provenance
 from sale_flex.bits import pack_bits
@@ -56,6 +57,7 @@ class Exact:
     def __init__(self, config: SaleConfig) -> None:
         self.config, self.reading = config, Reading([], [], [])
         self.attend = torch.compile(flex_attention, dynamic=True)
+        self.options = partial(flex_kernel_options, block_size=config.block_size)
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Attention of one layer; under a mask, a window for instance, as the config computes it."""
@@ -91,7 +93,9 @@ class Exact:
             seq_lengths=(query.shape[2], key.shape[2]),
             compute_q_blocks=False,
         )
-        return self.attend(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=True)
+        return self.attend(
+            query, key, value, block_mask=block_mask, scale=scale, enable_gqa=True, kernel_options=self.options(query)
+        )
 
     def choose(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Grid]:
         """Kept blocks, bool ``[1, Hq, nq, nk]``, bounds, and the grid of blocks."""
@@ -150,7 +154,11 @@ class Session:
         first = 0 if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self.texts: dict[str, Tensor] = {}
         for text in args.texts:
-            ids = [first, *tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False).input_ids]
+            words = text.read_text(encoding="utf-8")
+            if text.suffix == ".json":
+                ids = json.loads(words)
+            else:
+                ids = [first, *tokenizer(words, add_special_tokens=False).input_ids]
             if len(ids) < max(args.length):
                 raise ValueError(f"{text} has {len(ids)} tokens, --length is {max(args.length)}; take a longer text.")
             self.texts[text.stem] = torch.tensor([ids], device=device)
@@ -224,7 +232,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("model", help="folder or name of a model")
-    add("--texts", type=Path, nargs="+", required=True, help="files, each one sequence")
+    add("--texts", type=Path, nargs="+", required=True, help="files, each one sequence: text, or token ids as JSON")
     add("--length", type=int, nargs="+", default=[8192], help="tokens of a sequence, multiples of 128")
     add("--rules", default=RULES, help="NAME[/OPTION=VALUE...]:THRESHOLD..., as in measure_quality.py, and exact")
     add("--min-length", type=int, default=1024)
