@@ -47,8 +47,9 @@ class Reading(NamedTuple):
 
     density: list[list[float]]
     wanted: list[list[float]]
+    """Sum over audited rows of the probability on blocks that they want."""
     missed: list[list[float]]
-    """Mean square of what a row missed of it."""
+    """Sum of the squares of what they missed of it."""
 
 
 class Exact:
@@ -82,8 +83,8 @@ class Exact:
         )
         visible = visible_blocks(bounds, grid)[:, None]
         self.reading.density.append((kept.sum((2, 3)) / visible.sum((2, 3)))[0].tolist())
-        self.reading.wanted.append((seen.wanted_mass / seen.rows)[0].tolist())
-        self.reading.missed.append((seen.missed_squares / seen.rows)[0].tolist())
+        self.reading.wanted.append(seen.wanted_mass[0].tolist())
+        self.reading.missed.append(seen.missed_squares[0].tolist())
         full = full_blocks(bounds, grid)[:, None]
         lists = [x for part in (kept & ~full, kept & full) for x in _lists(part)]
         block_mask = BlockMask.from_kv_blocks(
@@ -134,8 +135,9 @@ def token_losses(model: Any, tokens: Tensor, chunk: int = 2048) -> Tensor:
 def read(model: Any) -> Reading:
     """What the model's layers did, as far as they chose."""
     layers = [one for one in sale_hf.stats(model).layers if one.audited_rows]
-    squares = [[miss * wanted for miss, wanted in zip(one.miss, one.wanted_mass)] for one in layers]
-    return Reading([list(one.density) for one in layers], [list(one.wanted_mass) for one in layers], squares)
+    wanted = [[mass * one.audited_rows for mass in one.wanted_mass] for one in layers]
+    squares = [[miss * (w + 1) for miss, w in zip(one.miss, of_layer)] for one, of_layer in zip(layers, wanted)]
+    return Reading([list(one.density) for one in layers], wanted, squares)
 
 
 class Session:
@@ -224,7 +226,7 @@ class Session:
 def worst_miss(rows: list[dict[str, Any]]) -> float:
     """The audit's reading of the worst head, each head over all sequences."""
     missed, wanted = (torch.tensor([row[field] for row in rows]).sum(0) for field in ("missed", "wanted"))
-    return float((missed / wanted).nan_to_num(0.0).max())
+    return float((missed / (wanted + 1)).max())
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

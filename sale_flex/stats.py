@@ -33,12 +33,13 @@ class Audit(NamedTuple):
 
     @property
     def miss(self) -> Tensor:
-        """float32 in [0, 1]: ``missed_squares / wanted_mass``, 0 where nothing was wanted.
+        """float32 in [0, 1): ``missed_squares / (wanted_mass + 1)``.
 
-        A row that misses all it wants counts for what it wants, one that misses a little for next to nothing. Above
+        A row that misses all it wants counts for what it wants, one that misses a little for next to nothing; and one
+        more row is reckoned that wanted all and missed nothing, so that no head is judged by a row or two. Above
         `SaleConfig.miss_bound` a head's choice is not to be trusted.
         """
-        return torch.where(self.wanted_mass > 0, self.missed_squares / self.wanted_mass, 0.0)
+        return self.missed_squares / (self.wanted_mass + 1)
 
 
 def no_audit(like: Tensor) -> Audit:

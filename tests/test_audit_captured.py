@@ -7,6 +7,7 @@ tests/data holds one head of each model: the last 1,024 queries of a prefix of a
 import json
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from sale_flex import SaleConfig, create_sale_block_mask
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
 FAST = SaleConfig.fast(min_length=256)
 DEFAULT = SaleConfig(min_length=256)
 MEANS = SaleConfig(threshold=0.005, query_stride=None, query_pool=4, bits=4, min_length=256)
@@ -65,20 +67,55 @@ def rank(values: torch.Tensor) -> torch.Tensor:
     return (values[:, None] > values).double().sum(1) + ((values[:, None] == values).double().sum(1) - 1) / 2
 
 
-def test_it_orders_configurations_by_what_they_lose():
-    rows = json.loads((ROOT / "docs" / "results" / "trust.json").read_text())["rows"]
+def correlation(rise: list[float], miss: list[float]) -> float:
+    """Rank correlation of losses (what is no rise is no loss) and readings."""
+    return float(torch.corrcoef(torch.stack([rank(torch.tensor(rise).clamp_min(0)), rank(torch.tensor(miss))]))[0, 1])
+
+
+def of_first_campaign() -> tuple[list[tuple], list[float], list[float]]:
+    """Configurations, rises and worst heads' readings, of one row in 64, of docs/results/trust.json."""
+    made = json.loads((RESULTS / "trust.json").read_text())
     rises, masses = defaultdict(list), defaultdict(list)
-    for row in rows:
+    for row in made["rows"]:
         # Rules that switched on these very rows took away what the audit would have seen.
         if row.get("missed") and "where an asked row" not in row["rule"]:
             name = row["model"], row["rule"], row.get("threshold")
             rises[name].append(row["rise"])
-            wanted = torch.tensor(row["wanted"])
+            wanted = made["measured"]["audited"][str(row["tokens"])] * torch.tensor(row["wanted"])
             masses[name].append(torch.stack([torch.tensor(row["missed"]) * wanted, wanted]))
-    assert len(rises) >= 20
-    assert len({model for model, _, _ in rises}) == 3
-    # The worst head, each of them over all sequences.
     summed = [torch.stack(masses[name]).sum(0) for name in rises]
-    worst = torch.tensor([float((squares / wanted).nan_to_num(0.0).max()) for squares, wanted in summed])
-    rise = torch.tensor([sum(rises[name]) / len(rises[name]) for name in rises])
-    assert float(torch.corrcoef(torch.stack([rank(worst), rank(rise)]))[0, 1]) > 0.8
+    return list(rises), [fmean(rises[name]) for name in rises], [worst(*pair) for pair in summed]
+
+
+def of_rules() -> tuple[list[tuple], list[float], list[float]]:
+    """The same of the library's rules and exact masses, as the audit reads them (docs/results/trust_rules.json)."""
+    made = json.loads((RESULTS / "trust_rules.json").read_text())
+    rises = defaultdict(list)
+    for row in made["rows"]:
+        rises[row["model"], row["tokens"], row["rule"]].append(row["rise"])
+    misses = [worst(torch.tensor(one["squares"]), torch.tensor(one["wanted"])) for one in made["audits"]]
+    assert list(rises) == [(one["model"], one["tokens"], one["rule"]) for one in made["audits"]]
+    return list(rises), [fmean(of) for of in rises.values()], misses
+
+
+def worst(squares: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The reading of the worst head."""
+    return float((squares / (wanted + 1)).max())
+
+
+def test_it_orders_configurations_by_what_they_lose():
+    names, rises, misses = of_first_campaign()
+    assert len(names) >= 20
+    assert len({name[0] for name in names}) == 3
+    assert correlation(rises, misses) > 0.8
+
+
+def test_as_it_samples_now_it_fires_for_what_ruins_models_and_not_for_what_loses_little():
+    names, rises, misses = of_rules()
+    assert correlation(rises, misses) > 0.7
+    fired = {name for name, miss in zip(names, misses) if miss > DEFAULT.miss_bound}
+    assert all(rise > 0.005 for name, rise in zip(names, rises) if name in fired)
+    # What it does not see: rules that lose a little in every row, none of it in blocks of 5 % and more.
+    unseen = {name for name, rise in zip(names, rises) if rise > 0.02} - fired
+    gemma = "Gemma 3 270M"
+    assert unseen == {(gemma, 32768, "relative:0.064"), (gemma, 8192, "relative:0.064"), (gemma, 32768, "exact:0.06")}

@@ -121,7 +121,7 @@ def _read(index: int, state: LayerState) -> LayerStats:
     calls = state.calls.tolist()
     kept, visible, dropped, audited, made_dense = state.blocks.tolist()
     wanted, missed, squares = state.masses.tolist()
-    miss = tuple(s / w if w else (0.0 if n else float("nan")) for s, w, n in zip(squares, wanted, audited))
+    miss = tuple(s / (w + 1) if n else float("nan") for s, w, n in zip(squares, wanted, audited))
     wanted_mass, missed_mass = (
         tuple(m / n if n else float("nan") for m, n in zip(masses, audited)) for masses in (wanted, missed)
     )
