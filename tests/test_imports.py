@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
         "user_mods",
         "validation",
     },
+    "audit": {"config", "listed_ops", "sight", "stats"},
     "autocast": set(),
     "bench": {
         "",
@@ -51,6 +52,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "bits": set(),
     "block_mask": {
+        "audit",
         "autocast",
         "break_even",
         "config",
@@ -62,6 +64,7 @@ ARROWS: dict[str, set[str]] = {
         "ops",
         "programmed",
         "rules",
+        "sight",
         "stats",
         "user_mods",
         "validation",
@@ -120,6 +123,7 @@ ARROWS: dict[str, set[str]] = {
     "outputs": set(),
     "packing": set(),
     "programmed": {
+        "audit",
         "bits",
         "config",
         "geometry",

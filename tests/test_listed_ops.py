@@ -11,6 +11,7 @@ from sale_flex.testing import Shape, structured_inputs
 from sale_flex.testing.programs import PROGRAMS
 
 OPS = [
+    "audit_rows",
     "block_lists",
     "block_structure",
     "listed_bits",
@@ -49,7 +50,12 @@ def recorded(shape: Shape, program: str, monkeypatch: pytest.MonkeyPatch) -> dic
         config = SaleConfig.fast(min_length=0, local_tokens=16, sink_tokens=4, smooth_tokens=50)
         for metric in ("mass", "relative"):
             create_sale_block_mask(
-                *inputs[:2], replace(config, metric=metric), value=inputs.value, **shape.positions(), **options
+                *inputs[:2],
+                replace(config, metric=metric),
+                value=inputs.value,
+                stats=True,
+                **shape.positions(),
+                **options,
             )
         sale_attention(*inputs, config, return_lse=True, **shape.positions(), **options)
     return calls
