@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which key blocks take more than a share of some pooled row's softmax (DESIGN.md "The mass rule").
+"""Which key blocks take more than a share of some pooled row's softmax (docs/semantics.md, "The mass rule").
 
 Entry point: `mass_hits`. One kernel goes from integer products to decisions. A program takes a tile of pooled rows of
 one head, multiplies their codes with the codes of all candidate blocks on the int8 matrix units, and turns the int32

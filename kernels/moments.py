@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Low-bit codes of the mean and the variance of sub-blocks of keys, or of single keys (DESIGN.md "The mass rule").
+"""Low-bit codes of the mean and the variance of sub-blocks of keys, or of single keys (docs/semantics.md).
 
 Entry point: `quantize_moments`. A program takes a few key blocks of one head and visits the keys of its sub-blocks one
 after the other, all sub-blocks side by side: sums in a fixed order, so that the codes equal torch's. Two passes over

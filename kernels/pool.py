@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Pooled query rows: their codes, and what their own sink and local keys weigh (DESIGN.md "The mass rule").
+"""Pooled query rows: their codes, and what their own sink and local keys weigh (docs/semantics.md, "The mass rule").
 
 Entry point: `pool_queries`. A program takes a few rows of some heads, pools their rows, quantises them, and takes
 the exact softmax sum over the keys that are no candidates: the sink's blocks, and those from the local window on. Heads

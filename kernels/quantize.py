@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Low-bit codes of queries and keys (SALE section 3.1; DESIGN.md "Codes").
+"""Low-bit codes of queries and keys (SALE section 3.1; docs/semantics.md, "Codes").
 
 Entry points: `quantize_rows` (a scale per query row) and `quantize_groups` (smoothed keys, a scale per group of keys
 counted from the first valid one). A program takes one tile of rows, or one group, of one head. Memory-bound: every

@@ -3,7 +3,7 @@
 
 One row of every 64 positions, from 4,096 on of every 128, from 8,192 on of every 256, is scored against all keys that
 it sees, at a hundredth of dense attention's cost. What it wants are the blocks that are not always kept and that take
-`WANTED` or more of its softmax. DESIGN.md, "What an audit measures", says why it is this measure.
+`WANTED` or more of its softmax. docs/decisions.md, "What an audit measures", says why it is this measure.
 """
 
 import torch

@@ -76,7 +76,7 @@ class SaleConfig:
     max_blocks: int | None = None
     """Mass: room in a query block's index list, in blocks. Where more pass the threshold, those with the largest mass
     are kept and the others counted (`SaleStats.dropped_blocks`). None: all of them on short prompts and for thresholds
-    given per head, otherwise what bounds the lists' memory (DESIGN.md, "Index lists")."""
+    given per head, otherwise what bounds the lists' memory (docs/semantics.md, "Index lists")."""
 
     on_miss: str = "report"
     """What the audit is for: one row of every 64 to 256 positions is scored exactly, to see what the choice missed

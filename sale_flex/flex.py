@@ -30,8 +30,8 @@ _TILES = {
     (128, 64): (64, 64, 4, 3),
     (128, 128): (64, 64, 4, 3),
 }
-"""(rows, keys, warps, stages) of a tile per block size. Measured on an H200 with 128 channels of 16 bits (DESIGN.md,
-"Measured and decided"); wider heads keep the tile and give up stages."""
+"""(rows, keys, warps, stages) of a tile per block size. Measured on an H200 with 128 channels of 16 bits
+(docs/decisions.md); wider heads keep the tile and give up stages."""
 
 _NARROW_TILES = _TILES | {(128, 64): (128, 64, 4, 3), (128, 128): (128, 64, 4, 3)}
 """The same for heads of at most `_NARROW` channels."""

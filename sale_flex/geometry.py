@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Positions on the grid of blocks: what a query block sees, what is always kept, what is full (DESIGN.md "Semantics").
+"""Positions on the grid of blocks: what a query block sees, what is always kept, what is full (docs/semantics.md).
 
 Bounds are int32 ``[B, 3]`` = (q_offset, start, end). Everything is a tensor expression of them: no value is read.
 """

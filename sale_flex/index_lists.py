@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""From hit bits to the index lists of a BlockMask, and how wide the lists are (DESIGN.md, "Index lists")."""
+"""From hit bits to the index lists of a BlockMask, and how wide the lists are (docs/semantics.md, "Index lists")."""
 
 from typing import NamedTuple
 

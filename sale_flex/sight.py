@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who sees whom in a programmed call, and what that makes of the grid of blocks (DESIGN.md, "Programmed calls")."""
+"""Who sees whom in a programmed call, and what that makes of the grid of blocks (docs/semantics.md)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

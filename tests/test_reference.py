@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The oracle of the relative rule, against the definition in DESIGN.md written out element by element."""
+"""The oracle of the relative rule, against the definition in docs/semantics.md written out element by element."""
 
 import math
 

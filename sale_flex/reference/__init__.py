@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The method in plain torch, a function per stage: the oracle of every test.
 
-Written to be read beside the paper (arXiv 2505.24179, section 3) and DESIGN.md ("Semantics"), with whole S x S tensors
+Written to be read beside the paper (arXiv 2505.24179, section 3) and docs/semantics.md, with whole S x S tensors
 and no thought for speed. It imports torch alone, so that nothing it is compared with can share its mistakes.
 
 Shapes: query ``[B, Hq, Sq, D]``, key and value ``[B, Hkv, Skv, D]``, bounds int32 ``[B, 3]`` = (q_offset, start, end).

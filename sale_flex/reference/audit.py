@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a choice of blocks missed, by rows that are asked exactly (DESIGN.md, "Audit")."""
+"""What a choice of blocks missed, by rows that are asked exactly (docs/semantics.md, "Audit")."""
 
 import math
 from collections.abc import Callable

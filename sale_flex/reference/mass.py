@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The mass rule: the share of a pooled row's softmax that falls on a block (DESIGN.md, "The mass rule").
+"""The mass rule: the share of a pooled row's softmax that falls on a block (docs/semantics.md, "The mass rule").
 
 Adjacent query rows are pooled to one. Of every pooled row r, blocks next to the sink and to the row itself are weighed
 exactly: ``L_r``, the sum of exponentials over their keys. Every other block J is a candidate, and weighed in low bits:

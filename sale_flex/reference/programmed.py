@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Calls with a score_mod, a mask_mod, a block mask or without causality (DESIGN.md, "Programmed calls").
+"""Calls with a score_mod, a mask_mod, a block mask or without causality (docs/semantics.md, "Programmed calls").
 
 Mods are called as they are, by torch.vmap over (b, h, q_idx, kv_idx), and everything is a whole S x S tensor. What
 rows see decides all the rest: which blocks are visible, full, always kept, and which candidates a rule has to weigh.

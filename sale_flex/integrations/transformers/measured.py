@@ -18,7 +18,7 @@ class Measured(NamedTuple):
     """What is known of a family."""
 
     where: str
-    """The checkpoints whose loss was compared with dense attention's (DESIGN.md)."""
+    """The checkpoints whose loss was compared with dense attention's (docs/decisions.md)."""
     harm: str | None
     """What `SaleConfig.fast` does to them; None: nothing."""
 
