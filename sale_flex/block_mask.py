@@ -265,9 +265,9 @@ def build_block_mask(
                 config,
                 min_length,
                 widths.budget,
+                reuse,
                 nonfinite,
                 audited,
-                reuse,
             )
         else:
             hits = always.new_zeros(1, 1, 1, 1).expand(query.shape[0], heads, grid.query_blocks, grid.words)

@@ -55,9 +55,9 @@ def choose(
     config: SaleConfig,
     min_length: int,
     budget: int,
-    nonfinite: Tensor | None,
-    audited: bool,
     reuse: Reuse | None = None,
+    nonfinite: Tensor | None = None,
+    audited: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Audit | None]:
     """Bits of what is always kept, hit bits, hits given up for the budget, and what the choice missed.
 
@@ -71,9 +71,9 @@ def choose(
         config: What to keep.
         min_length: Rows whose first and last key are less apart keep all they see, in tokens.
         budget: Hits that a query block has room for.
+        reuse: Codes of earlier chunks' keys.
         nonfinite: Bits of blocks that are kept for their values.
         audited: Whether rows are asked what was missed.
-        reuse: Codes of earlier chunks' keys.
     """
     bounds = seen.sight.bounds
     lists = Lists(

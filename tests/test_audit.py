@@ -212,18 +212,3 @@ def test_a_compiled_call_audits_without_a_break():
         expected = create_sale_block_mask(*part, config, stats=True).stats.audit
         for got, wanted in zip(miss(*part), expected):
             torch.testing.assert_close(got, wanted)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        ({"on_miss": "raise"}, ValueError, r"on_miss must be one of \('report', 'dense', 'ignore'\), got 'raise'"),
-        ({"on_miss": None}, ValueError, "on_miss must be one of .*, got None"),
-        ({"miss_bound": 1.5}, ValueError, r"miss_bound must be a share in \[0, 1\], got 1.5"),
-        ({"miss_bound": float("nan")}, ValueError, "miss_bound must be a share"),
-        ({"miss_bound": "0.2"}, TypeError, "miss_bound must be a float, got '0.2'"),
-    ],
-)
-def test_bad_options(options, error, match):
-    with pytest.raises(error, match=match):
-        SaleConfig(**options)

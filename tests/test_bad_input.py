@@ -139,6 +139,14 @@ def test_padding_that_is_all_of_a_row_is_no_error():
 
 
 BAD_CONFIGS = {
+    "on_miss": [("raise", ValueError, "one of .*'report', 'dense'.*got 'raise'"), (None, ValueError, "got None")],
+    "miss_bound": [
+        (1.5, ValueError, r"a share in \[0, 1\], got 1.5"),
+        (-0.1, ValueError, "got -0.1"),
+        (float("nan"), ValueError, "got nan"),
+        ("0.2", TypeError, "a float, got '0.2'"),
+        (True, TypeError, "a float, got True"),
+    ],
     "metric": [(None, TypeError, "str, got NoneType"), ("max", ValueError, "one of .*'mass', 'relative'.*got 'max'")],
     "threshold": [
         ("0.1", TypeError, "float or a float tensor .*got str"),
