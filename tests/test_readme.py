@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""README.md's code runs as it stands, but for the device and the length."""
+"""The code of README.md and of docs/ runs as it stands, but for the device and the length."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -20,8 +21,24 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
 
+def code_of(page: str) -> list[str]:
+    """The Python of a page, block by block."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+
+
+def test_the_readme_is_read_in_a_minute_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 150
+    for page in (ROOT / "README.md", ROOT / "DESIGN.md", ROOT / "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8")):
+            assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_the_guide_begins_with_the_readmes_code():
+    assert code_of("docs/guide.md")[0] == code_of("README.md")[0]
+
+
 def test_the_code_runs_and_its_two_ways_agree():
-    code, _, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = code_of("README.md")[0]
     code = code.replace('"cuda"', '"cpu"').replace("16384", "2048").replace(" 32,", " 4,").replace(" 8,", " 2,")
     names: dict = {}
     code = code.replace("mask =", "first = out\nmask =").replace("out, stats =", "_, stats =")
@@ -34,7 +51,7 @@ def test_the_code_runs_and_its_two_ways_agree():
 
 
 def test_the_calls_with_mods_run():
-    _, code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = code_of("docs/masks.md")
     code = code.replace('"cuda"', '"cpu"').replace("alibi(32", "alibi(4").replace("(256, 512)", "(16, 32)")
     q, k, v = structured_inputs(Shape(512, 512, heads=4, kv_heads=2, head_dim=32), 0)
     names = {
@@ -52,8 +69,9 @@ def test_the_calls_with_mods_run():
     assert names["mask"].shape == (1, 4, 512, 512)
 
 
-def test_a_model_generates_as_shown(tmp_path):
-    _, _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_a_model_generates_as_shown(page, tmp_path):
+    code = code_of(page)[-1]
     sale_hf.register()
     model = AutoModelForCausalLM.from_pretrained(PACKAGED, attn_implementation="sale_flex")
     layers = sale_hf.attention_layers(model)
@@ -64,7 +82,9 @@ def test_a_model_generates_as_shown(tmp_path):
     code = code.replace(".cuda()", "").replace("model.compile(fullgraph=True)", "").replace("bfloat16", "float32")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(PACKAGED / "tokenizer.json"), pad_token="<s>")
     tokenizer.padding_side = "left"
+    inputs = tokenizer(["import os\n" * 20, "import sys\n"], padding=True, return_tensors="pt")
     names = {
+        "inputs": inputs,
         "AutoModelForCausalLM": AutoModelForCausalLM,
         "path": PACKAGED,
         "sale_flex": sale_flex,

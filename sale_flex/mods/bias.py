@@ -82,7 +82,7 @@ def relative_bias(table: Tensor, q_offset: int | Tensor = 0, *, center: int = 0,
         center: Column of distance 0, from 0 to ``n - 1``.
         rough: Whether neighbouring entries differ by several nats, so that one cannot stand for the next. False lets
             sale_attention estimate a few keys at a time by the middle one's bias, which loses nothing for entries that
-            differ by one (README, "Masks and score mods"); True makes it look at every key, for ten times the time.
+            differ by one (docs/masks.md); True makes it look at every key, for ten times the time.
 
     Example:
         ``score_mod=relative_bias(self.bias, center=self.bias.shape[1] // 2)``
