@@ -26,7 +26,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+QUICK = set(
+    "attention audit audit_captured bad_input geometry imports index_lists kept_record key_codes_stale listed_ops "
+    "mask_mods models_audit models_measured nonfinite ops reference result_pages rotation rule stored turning".split()
+)
+"""Files of ``pytest -m quick``, without ``test_``: every stage against the reference, and what users meet first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK:
+            item.add_marker(pytest.mark.quick)
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")

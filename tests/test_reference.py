@@ -30,14 +30,14 @@ def keep_by_definition(shape: Shape, query, key, config) -> dict[tuple[int, int,
             for first in range(start, end, block_k):
                 group = smooth[first : min(first + block_k, end)].float()
                 for j in range(first, min(first + block_k, end)):
-                    key_scale[j] = float(group.abs().max()) / top
+                    key_scale[j] = float(group.abs().max()) / top or 1.0  # 0 where a key is its own smoothing prefix
             tau = config.threshold if isinstance(config.threshold, float) else float(config.threshold[head])
             for i in range(shape.q_len):
                 p = shape.offset + i
                 if not start <= p < end:
                     continue
                 row = query[b, head, i].double()
-                row_scale = float(row.abs().max()) / top
+                row_scale = float(row.abs().max()) / top or 1.0
                 near = [j for j in range(start, p + 1) if j < start + config.sink_tokens or j > p - config.local_tokens]
                 exact = [scale * float(row @ smooth[j]) for j in near]
                 m = max(exact)
