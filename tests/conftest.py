@@ -26,10 +26,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
-QUICK = set(
-    "attention audit audit_captured bad_input geometry imports index_lists kept_record key_codes_stale listed_ops "
-    "mask_mods models_audit models_measured nonfinite ops reference result_pages rotation rule stored turning".split()
-)
+QUICK = {
+    "attention", "audit", "audit_captured", "bad_input", "geometry", "imports", "index_lists", "kept_record",
+    "key_codes_stale", "listed_ops", "mask_mods", "models_audit", "models_measured", "nonfinite", "ops", "reference",
+    "result_pages", "rotation", "rule", "stored", "turning",
+}  # fmt: skip
 """Files of ``pytest -m quick``, without ``test_``: every stage against the reference, and what users meet first."""
 
 
