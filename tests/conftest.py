@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    # At once: a long run may be interrupted, and over several processes pytest names nothing before its end.
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nfailed: {report.nodeid}", file=sys.stderr, flush=True)
+
+
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fill a fresh allocation with what no kernel writes: NaN, or an integer out of every range."""
     if type(tensor) is not torch.Tensor or tensor.is_meta:

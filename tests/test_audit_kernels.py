@@ -132,6 +132,8 @@ def compare(made, program, block=(64, 64)) -> None:
     assert torch.equal(audits[0].rows, audits[1].rows.cpu())
     for name in ("wanted_mass", "missed_mass", "missed_squares"):
         expected, got = (getattr(audit, name).cpu() for audit in audits)
-        # A block of about 5 % may be wanted by one and not by the other: none or one in each head.
-        assert ((got - expected).abs() <= 1e-3 * expected + WANTED * 1.01).all()
+        # A block of about 5 % may be wanted by one and not by the other, none or one in each head; a row's square, of at
+        # most 1, then changes by twice that.
+        step = WANTED * (2.1 if name == "missed_squares" else 1.01)
+        assert ((got - expected).abs() <= 1e-3 * expected + step).all()
         assert (got - expected).abs().median() <= 1e-3 * expected.median() + 1e-6
