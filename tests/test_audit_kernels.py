@@ -132,8 +132,8 @@ def compare(made, program, block=(64, 64)) -> None:
     assert torch.equal(audits[0].rows, audits[1].rows.cpu())
     for name in ("wanted_mass", "missed_mass", "missed_squares"):
         expected, got = (getattr(audit, name).cpu() for audit in audits)
-        # A block of about 5 % may be wanted by one and not by the other, none or one in each head; a row's square, of at
-        # most 1, then changes by twice that.
+        # A block of about 5 % may be wanted by one and not by the other, none or one in each head; a row's square then
+        # changes by twice that at most.
         step = WANTED * (2.1 if name == "missed_squares" else 1.01)
         assert ((got - expected).abs() <= 1e-3 * expected + step).all()
         assert (got - expected).abs().median() <= 1e-3 * expected.median() + 1e-6
