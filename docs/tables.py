@@ -20,7 +20,7 @@ NAMES = {
 }
 """A rule's name on the command line -> in a page."""
 
-SHOWN = ("scan:0.02", "moments:0.005", "relative:0.004", "exact:0.02")
+SHOWN = ("scan:0.01", "moments:0.005", "relative:0.004", "exact:0.01")
 """Rules whose texts and heads are shown one by one."""
 
 

@@ -5,7 +5,7 @@ Runs the bundled model of the demo, or any decoder of transformers, densely and 
 answer alike. Exits 1 if not.
 
     python examples/generate.py --tokens 8192
-    python examples/generate.py --model meta-llama/Llama-3.1-8B --tokens 65536 --threshold 0.02
+    python examples/generate.py --model meta-llama/Llama-3.1-8B --tokens 65536 --threshold 0.01
 """
 
 import argparse

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=48, help="pixels")
     parser.add_argument("--window", type=int, default=13, help="pixels along each axis")
     parser.add_argument("--dilation", type=int, default=1, help="pixels from one neighbour to the next")
-    parser.add_argument("--threshold", type=float, default=0.02, help="share of a row's probability")
+    parser.add_argument("--threshold", type=float, default=0.01, help="share of a row's probability")
     args = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query, key, value = image(args.height, args.width, device)

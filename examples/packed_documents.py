@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print one line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1500, 700, 2100], help="tokens of each document")
-    parser.add_argument("--threshold", type=float, default=0.02, help="share of a row's probability")
+    parser.add_argument("--threshold", type=float, default=0.01, help="share of a row's probability")
     args = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     total = sum(args.lengths)

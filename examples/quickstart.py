@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print one line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--length", type=int, default=4096, help="tokens")
-    parser.add_argument("--threshold", type=float, default=0.02, help="share of a row's probability")
+    parser.add_argument("--threshold", type=float, default=0.01, help="share of a row's probability")
     args = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

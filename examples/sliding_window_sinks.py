@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--length", type=int, default=2048, help="tokens")
     parser.add_argument("--window", type=int, default=512, help="tokens")
-    parser.add_argument("--threshold", type=float, default=0.02, help="share of a row's probability")
+    parser.add_argument("--threshold", type=float, default=0.01, help="share of a row's probability")
     args = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = Shape(args.length, args.length, heads=4, kv_heads=2, head_dim=64)

@@ -30,7 +30,7 @@ class SaleConfig:
     ``"relative"``: SALE as published (arXiv 2505.24179, section 3), a block is kept when any of its elements reaches
     ``threshold`` relative to the row's sink-local softmax."""
 
-    threshold: float | Tensor = 0.02
+    threshold: float | Tensor = 0.01
     """What a block must reach, 0 or more: a share of a row's probability (mass; 1 and more keep only what is always
     kept) or a ratio of exponentials (relative; 0.004 to 0.032 are usual). A float for all heads, or a float tensor
     ``[Hq]`` on the query's device. Higher keeps less; 0 makes a head dense."""

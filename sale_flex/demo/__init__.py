@@ -13,7 +13,7 @@ from sale_flex.outputs import check_writable
 
 DEFAULT_PICTURE = Path("sale-flex-demo.png")
 DEFAULT_TOKENS = 8192
-DEFAULT_THRESHOLD = 0.02
+DEFAULT_THRESHOLD = 0.01
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
