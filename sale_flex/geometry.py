@@ -47,6 +47,12 @@ class Spans(NamedTuple):
     """Last row that is no padding."""
 
 
+def audit_slots(tokens: int) -> int:
+    """Groups of positions, of which one row each is audited, that end within `tokens`: an int or a symbol."""
+    slots = torch.sym_min(tokens // 64, 64) + torch.sym_min(torch.sym_max(tokens - 4096, 0) // 128, 32)
+    return slots + torch.sym_max(tokens - 8192, 0) // 256
+
+
 def spans(bounds: Tensor, grid: Grid) -> Spans:
     """Positions of every query block's rows."""
     offset, start, end = bounds.long().unsqueeze(-1).unbind(1)  # each [B, 1]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sale_flex.bits import pack_bits
 from sale_flex.bridge import program
+from sale_flex.geometry import audit_slots
 from sale_flex.ops import define
 
 
@@ -124,10 +125,7 @@ def _fake_rows(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_audit(query: Tensor, *_: Any) -> Tensor:
-    tokens = query.shape[2]
-    slots = torch.sym_min(tokens // 64, 64) + torch.sym_min(torch.sym_max(tokens - 4096, 0) // 128, 32)
-    slots += torch.sym_max(tokens - 8192, 0) // 256 + 2
-    return query.new_empty(*query.shape[:2], slots, 3, dtype=torch.float32)
+    return query.new_empty(*query.shape[:2], audit_slots(query.shape[2]) + 2, 3, dtype=torch.float32)
 
 
 def _listed_bits(

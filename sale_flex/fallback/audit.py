@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sale_flex.bits import unpack_bits
 from sale_flex.fallback.structure import Mask, Score, Sight, keys_of, scored, structure_heads
-from sale_flex.geometry import Grid, always_blocks, early_blocks
+from sale_flex.geometry import Grid, always_blocks, audit_slots, early_blocks
 
 _TILE_ELEMENTS = 2**22
 
@@ -40,7 +40,7 @@ def audit_rows(
     sight = Sight(bounds, causal, mask, listed, listed_q, listed_k)
     keys = keys_of(torch.arange(grid.key_blocks, device=query.device), block_k)
     there = keys.long().clamp_max(grid.kv_len - 1)
-    slots = _slots_before(q_len) + 2
+    slots = audit_slots(q_len) + 2
     audit = torch.zeros(len(query), heads, slots, 3, device=query.device)
     step = max(1, _TILE_ELEMENTS // (group * len(keys)))
     for b, (offset, start, end) in enumerate(bounds.tolist()):
@@ -78,13 +78,9 @@ def audit_rows(
     return audit
 
 
-def _slots_before(tokens: int) -> int:
-    return min(tokens // 64, 64) + min(max(tokens - 4096, 0) // 128, 32) + max(tokens - 8192, 0) // 256
-
-
 def _positions(before: int, slots: int, device: torch.device) -> Tensor:
     """Audited positions from the group that holds position `before` on, counted from the first valid key."""
-    slot = _slots_before(before) + torch.arange(slots, device=device)
+    slot = audit_slots(before) + torch.arange(slots, device=device)
     first = torch.where(slot < 64, slot * 64, torch.where(slot < 96, (slot - 32) * 128, (slot - 64) * 256))
     shift = torch.where(slot < 64, 26, torch.where(slot < 96, 25, 24))
     return first + ((slot * 2654435769 & 0xFFFFFFFF) >> shift)
