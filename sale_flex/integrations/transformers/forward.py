@@ -148,10 +148,8 @@ def _attend(state: LayerState | None, call: AttentionCall, codes: KeyCodes | Non
     _count(state, DENSE if stats.ran_dense else SPARSE, stats.path)
     missed = stats.audit
     counts = (stats.kept_blocks, stats.visible_blocks, stats.dropped_blocks, missed.rows, missed.made_dense)
-    for place, count in enumerate(counts):
-        state.blocks[place].add_(count.sum(0))
-    for place, mass in enumerate((missed.wanted_mass, missed.missed_mass, missed.missed_squares)):
-        state.masses[place].add_(mass.sum(0))
+    state.blocks.add_(torch.stack(counts).sum(1))
+    state.masses.add_(torch.stack((missed.wanted_mass, missed.missed_mass, missed.missed_squares)).sum(1))
     return result.output
 
 

@@ -15,6 +15,7 @@ from sale_flex.integrations.transformers.layers import (
     check_implementation,
     layer_states,
 )
+from sale_flex.stats import Audit
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,11 @@ def _known(layer: LayerStats) -> dict[str, list[float | None]]:
 def _read(index: int, state: LayerState) -> LayerStats:
     calls = state.calls.tolist()
     kept, visible, dropped, audited, made_dense = state.blocks.tolist()
-    wanted, missed, squares = state.masses.tolist()
-    miss = tuple(s / (w + 1) if n else float("nan") for s, w, n in zip(squares, wanted, audited))
-    wanted_mass, missed_mass = (
-        tuple(m / n if n else float("nan") for m, n in zip(masses, audited)) for masses in (wanted, missed)
+    wanted, missed, squares = state.masses
+    of_rows = Audit(state.blocks[3], wanted, missed, squares, state.blocks[4])
+    miss, wanted_mass, missed_mass = (
+        tuple(value if asked else float("nan") for value, asked in zip(values.tolist(), audited))
+        for values in (of_rows.miss, wanted / of_rows.rows, missed / of_rows.rows)
     )
     density = tuple(k / v if v else float("nan") for k, v in zip(kept, visible))
     times = state.clock.read()
