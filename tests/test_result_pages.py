@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Tables of figures are what their JSON says, and there are no others."""
 
-import copy
 import re
 import sys
 from decimal import Decimal
@@ -20,6 +19,13 @@ TYPED = {
 
 SAID = [path.name for path in sorted(tables.RESULTS.glob("*.json")) if "columns" in path.read_text("utf-8")]
 """JSON that says itself how its table is written."""
+
+
+def changed(value):
+    """Another figure, text or set of cells."""
+    if isinstance(value, dict):
+        return {heading: changed(cell) for heading, cell in value.items()}
+    return f"{value}!" if isinstance(value, str) else value + 1
 
 
 def texts() -> dict[Path, str]:
@@ -59,22 +65,15 @@ def test_a_json_says_what_was_measured_where(path):
 @pytest.mark.parametrize("name", SAID)
 def test_no_figure_of_a_json_changes_unseen(name):
     made = tables.read(name, Decimal)
-    assert set(made["measured"]) == {
-        *("what", "input", "dtype", "device", "torch", "triton", "transformers", "commit", "command"),
-    }
+    versions = {"device", "torch", "triton", "transformers", "commit"}
+    assert set(made["measured"]) == {"what", "input", "dtype", "command"} | versions
     said = tables.as_it_says(made)
     for where in (made["measured"], *made["rows"]):
-        for key, value in where.items():
-            if key != "bold" and value is not None:
-                before = copy.deepcopy(value)
-                where[key] = (
-                    {heading: f"{cell}!" for heading, cell in value.items()}
-                    if isinstance(value, dict)
-                    else (f"{value}!" if isinstance(value, str) else value + 1)
-                )
-                assert tables.as_it_says(made) != said, (key, value)
-                where[key] = before
-    assert tables.as_it_says(made) == said
+        for key in [key for key, value in where.items() if key != "bold" and value is not None]:
+            value = where[key]
+            where[key] = changed(value)
+            assert tables.as_it_says(made) != said, (key, value)
+            where[key] = value
 
 
 def test_nothing_that_is_typed_into_a_table_stays():
