@@ -27,14 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--length", type=int, default=2048, help="tokens of a text")
     parser.add_argument("--target", type=float, default=0.05, help="largest error of a head's output")
-    parser.add_argument("--metric", choices=("mass", "relative"), default="mass", help="the selection rule")
+    parser.add_argument("--rule", choices=("mass", "relative"), default="mass", help="what selects blocks")
     args = parser.parse_args(arguments)
     sale_hf.register()
     model = AutoModelForCausalLM.from_pretrained(PACKAGED, dtype=torch.float32, attn_implementation="sale_flex")
     tokenizer = Tokenizer.from_file(str(PACKAGED / "tokenizer.json"))
     own, other, *_ = (torch.tensor([tokenizer.encode(text).ids[: args.length]]) for text in held_out_texts())
     # By default what is too short to gain time is dense; here the sparse path is what is to be seen.
-    config = sale_flex.SaleConfig(metric=args.metric, bits=8 if args.metric == "mass" else 4, min_length=256)
+    config = sale_flex.SaleConfig.from_options(args.rule, min_length=256)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         found = sale_flex.calibrate(model, [own], config=config, target=args.target, out=folder, transfer=[other])

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig
+from sale_flex import Mass, SaleConfig
 from sale_flex.bench.model import read_text
 from sale_flex.demo.model import PACKAGED
 from sale_flex.demo.prompt import held_out_texts
@@ -60,7 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", help="folder or name of a model; by default the demo's")
     parser.add_argument("--text", type=Path, nargs="+", help="files to read; by default the standard library")
     parser.add_argument("--tokens", type=int, default=8192, help="length of the prompt")
-    parser.add_argument("--threshold", type=float, default=SaleConfig.threshold, help="share of a row's probability")
+    parser.add_argument(
+        "--threshold", type=float, default=SaleConfig().rule.threshold, help="share of a row's probability"
+    )
     parser.add_argument("--min-length", type=int, default=1024, help="queries with fewer keys before them stay dense")
     args = parser.parse_args(arguments)
 
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     texts = held_out_texts() if args.text is None else [read_text(file) for file in args.text]
     ids = prompt(tokenizer, args.tokens, texts).to(device)
     answers = {}
-    sale_hf.configure(model, SaleConfig(threshold=args.threshold, min_length=args.min_length))
+    sale_hf.configure(model, SaleConfig(Mass(args.threshold), min_length=args.min_length))
     for name in ("sdpa", "sale_flex"):
         model.set_attn_implementation(name)
         for _ in range(2):  # the first call compiles

@@ -3,7 +3,7 @@
 
     python examples/measure_calibration.py MODEL --text FOLDER --length 32768 --json calibration.json
 
-Calibrates both metrics to every target on sequences of real text with notes and recall lines (see measure_quality.py),
+Calibrates both rules to every target on sequences of real text with notes and recall lines (see measure_quality.py),
 scattered through them, and measures on others, made of other files: two kinds, with the recall lines at the end or
 scattered. Reports how long each calibration took and, as the transfer report, the errors on plain text without notes.
 """
@@ -13,7 +13,6 @@ import json
 import random
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--notes", type=int, default=64)
     parser.add_argument("--recalls", type=int, default=48)
     parser.add_argument("--targets", default="0.05,0.1,0.2")
-    parser.add_argument("--metrics", default="mass,relative")
+    parser.add_argument("--rules", default="mass,relative")
     parser.add_argument("--min-length", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the figures, after each")
@@ -106,16 +105,15 @@ def main(arguments: list[str] | None = None) -> int:
     dense = measure(model, samples, None)
     rows: dict[str, Any] = {"dense": dense}
     report("dense", dense, dense)
-    for metric in args.metrics.split(","):
-        bits = 8 if metric == "mass" else 4  # as published
-        config = SaleConfig(metric=metric, bits=bits, min_length=args.min_length)
-        for threshold in UNCALIBRATED[metric]:
-            name = f"{metric}, {threshold} in every head"
-            one = replace(config, threshold=threshold)
+    for rule in args.rules.split(","):
+        config = SaleConfig.from_options(rule, min_length=args.min_length)
+        for threshold in UNCALIBRATED[rule]:
+            name = f"{rule}, {threshold} in every head"
+            one = config.with_options(threshold=threshold)
             rows[name] = measure(model, samples, one)
             report(name, rows[name], dense)
         for target in map(float, args.targets.split(",")):
-            name = f"{metric}, calibrated to {target}"
+            name = f"{rule}, calibrated to {target}"
             begin = time.perf_counter()
             found = sale_flex.calibrate(model, batches, config=config, target=target)
             seconds = time.perf_counter() - begin

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig
+from sale_flex import Mass, SaleConfig
 from sale_flex.bench.model import text_files
 from sale_flex.bench.provenance import provenance
 
@@ -114,7 +114,7 @@ def measure_generate(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="sale_flex", dtype=dtype).to(device)
-    sale_hf.configure(model.eval(), SaleConfig(threshold=args.threshold, min_length=args.min_length))
+    sale_hf.configure(model.eval(), SaleConfig(Mass(args.threshold), min_length=args.min_length))
     switched = Switched(model)
     files, bos = text_files([Path(args.text)]), model.config.bos_token_id
     made = make_sample(tokenizer, bos, files, args.length, "end", args.notes, args.recalls, random.Random(args.seed))
@@ -177,7 +177,7 @@ def measure_prefill(args: argparse.Namespace) -> dict[str, Any]:
     low, high = 1e-5, 1.0
     for _ in range(args.search):
         threshold = (low * high) ** 0.5
-        sale_hf.configure(model, SaleConfig(threshold=threshold))
+        sale_hf.configure(model, SaleConfig(Mass(threshold)))
         first_token("sale_flex")()
         density = sale_hf.stats(model).density
         print(f"# threshold {threshold:.5f}: density {density:.4f}", file=sys.stderr, flush=True)
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     generate.add_argument("--length", type=int, default=32768)
     generate.add_argument("--notes", type=int, default=64)
     generate.add_argument("--recalls", type=int, default=24)
-    generate.add_argument("--threshold", type=float, default=SaleConfig.threshold)
+    generate.add_argument("--threshold", type=float, default=SaleConfig().rule.threshold)
     generate.add_argument("--min-length", type=int, default=1024)
     generate.add_argument("--new-tokens", type=int, default=16)
     generate.add_argument("--seed", type=int, default=0)

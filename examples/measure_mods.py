@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,16 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sale_flex import SaleConfig, create_sale_block_mask, mods
+from sale_flex import Mass, SaleConfig, create_sale_block_mask, mods
 from sale_flex.bench.generator import generate
 from sale_flex.bench.provenance import provenance
 from sale_flex.bench.timing import interleave
-from sale_flex.block_mask import make_bounds
-from sale_flex.geometry import Grid
-from sale_flex.programmed import choose, lay_out
-from sale_flex.rules import RULES
+from sale_flex.call import check_arguments, settle
+from sale_flex.stages import choose, lay_out
 from sale_flex.testing import block_map
-from sale_flex.user_mods import UserMods, see_mods
+from sale_flex.user_mods import UserMods
 
 Options = dict[str, Any]
 
@@ -41,21 +38,24 @@ def programs(length: int, heads: int, device: str) -> dict[str, Options]:
     side = int(length**0.5)
     cube = round(length ** (1 / 3))
     found: dict[str, Options] = {
-        "causal (as a mask)": {"mask_mod": mods.causal(), "causal": False},
+        "causal (as a mask)": {"mask_mod": mods.causal(), "is_causal": False},
         "window 4096": {"mask_mod": mods.sliding_window(4096)},
         "16 documents": {"mask_mod": mods.document(documents)},
-        "prefix of 4096": {"mask_mod": mods.prefix_lm(4096), "causal": False},
+        "prefix of 4096": {"mask_mod": mods.prefix_lm(4096), "is_causal": False},
         "alibi": {"score_mod": mods.alibi(heads, device=device)},
         "soft cap 50": {"score_mod": mods.softcap(50.0)},
         "relative bias": {"score_mod": mods.relative_bias(table)},
         "relative bias, rough": {"score_mod": mods.relative_bias(table, rough=True)},
-        "neighborhood 1-d": {"mask_mod": mods.neighborhood((length,), min(4095, length // 2)), "causal": False},
+        "neighborhood 1-d": {"mask_mod": mods.neighborhood((length,), min(4095, length // 2)), "is_causal": False},
     }
     if side * side == length:
-        found["neighborhood 2-d"] = {"mask_mod": mods.neighborhood((side, side), min(63, side // 2)), "causal": False}
+        found["neighborhood 2-d"] = {
+            "mask_mod": mods.neighborhood((side, side), min(63, side // 2)),
+            "is_causal": False,
+        }
     if cube**3 == length:
         neighborhood = mods.neighborhood((cube, cube, cube), min(15, cube // 2))
-        found["neighborhood 3-d"] = {"mask_mod": neighborhood, "causal": False}
+        found["neighborhood 3-d"] = {"mask_mod": neighborhood, "is_causal": False}
     return found
 
 
@@ -63,55 +63,37 @@ class Timed:
     """The mask stage of one program in parts."""
 
     def __init__(self, query: Tensor, key: Tensor, config: SaleConfig, options: Options) -> None:
-        self._of_call = query, key
-        self._config = config
-        self._mods = UserMods(**options)
-        self._scale = query.shape[3] ** -0.5
-        self._threshold = torch.full((query.shape[1],), config.threshold, device=query.device)
-        self._bounds = make_bounds(query, key, None, None)
-        self._grid = Grid(query.shape[2], key.shape[2], *config.block_size)
+        self.call = settle(check_arguments(query, key, None, config, UserMods(**options), None, None, None, None))
 
     def structure(self) -> Any:
-        """Which blocks the mods show: from the mask_mod to bits."""
-        return lay_out(see_mods(self._mods, *self._of_call, self._bounds), self._grid)
+        """Which blocks the mods show, and the lists of candidates; nothing without mods."""
+        return lay_out(self.call)
 
     def estimate(self, structure: Any) -> Callable[[], Any]:
-        """Lists of candidates, codes and the estimate, without what `structure` costs."""
-        seen = see_mods(self._mods, *self._of_call, self._bounds)
-        budget = self._grid.key_blocks
-        return lambda: choose(*self._of_call, seen, structure, self._threshold, self._scale, self._config, 0, budget)
-
-    def plain(self) -> Any:
-        """Codes and the estimate of causal attention without mods."""
-        query, key = self._of_call
-        rule = RULES[self._config.metric]
-        codes = rule.codes(key, self._bounds, self._config)
-        return rule.estimate(
-            query, key, codes, self._bounds, True, self._threshold, self._scale, self._config, self._grid.key_blocks
-        )
+        """Codes and the estimate, without what `structure` costs."""
+        return lambda: choose(self.call, structure)
 
 
 def time_programs(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Milliseconds of every program's stages, and their ratio to those of causal attention without mods."""
     query, key, *_ = generate(args.length, args.heads, args.kv_heads, args.head_dim, dtype=dtype, device=device)
-    config = SaleConfig.fast(args.threshold, min_length=0)
+    config = SaleConfig(Mass.fast(args.threshold), min_length=0)
     rows = []
     for name, options in programs(args.length, args.heads, str(device)).items():
-        mine, path = Timed(query, key, config, options), ""
-        rough = see_mods(UserMods(**options), query, key, make_bounds(query, key, None, None)).rough
-        plain_config = replace(config, estimator="scan") if rough else config
+        mine = Timed(query, key, config, options)
+        plain_config = config.with_options(sub_block=1) if mine.call.masked.needs_scan else config
         plain = Timed(query, key, plain_config, {})
         structure = mine.structure()
         runs = {
             "structure": mine.structure,
             "estimate": mine.estimate(structure),
             "mask": lambda options=options: create_sale_block_mask(query, key, config, **options),
-            "plain estimate": plain.plain,
+            "plain estimate": plain.estimate(None),
             "plain mask": lambda config=plain_config: create_sale_block_mask(query, key, config),
         }
         times = {part: median(x) for part, x in interleave(runs, args.rounds, device).items()}
         _, stats = create_sale_block_mask(query, key, config, stats=True, **options)
-        path = stats.path
+        path = stats.describe()
         rows.append(
             {
                 "program": name,
@@ -151,10 +133,10 @@ def compare_estimators(args: argparse.Namespace, device: torch.device, dtype: to
         kept = {}
         for label, change in (
             ("moments", {}),
-            ("scan", {"estimator": "scan"}),
-            ("every query", {"estimator": "scan", "query_stride": 1, "bits": 8}),
+            ("scan", {"sub_block": 1}),
+            ("every query", {"pool": 1, "pool_mode": "last", "sub_block": 1, "bits": 8}),
         ):
-            config = replace(SaleConfig.fast(args.threshold, min_length=0), **change)
+            config = SaleConfig(Mass.fast(args.threshold, **change), min_length=0)
             kept[label] = block_map(create_sale_block_mask(query, key, config, score_mod=score_mod)).kept
         wanted = kept.pop("every query")
         row: dict[str, Any] = {"score_mod": name, "wanted": float(wanted.float().mean())}

@@ -10,10 +10,11 @@ token of its value is the model's first choice.
     python examples/measure_quality.py MODEL --text FOLDER --sequences 2 --json quality.json
 
 Rules are written ``NAME[/OPTION=VALUE...]:THRESHOLD[:THRESHOLD...]``: a NAME is moments, scan (the mass rule's
-estimators), relative (SALE as published), calibrated or calibrated-absolute; an OPTION is a field of `SaleConfig`. The
-threshold of ``calibrated:0.1`` is an error allowed: every head's own threshold is halved until its output, on other
-text, errs by less than that share of the output's size (``calibrated-absolute``: by less than that). As in the paper it
-begins at 0.008, so that no head keeps less than at that; ``calibrated/start=0.128:0.1`` begins there.
+estimates), relative (SALE as published), calibrated or calibrated-absolute; an OPTION is a field of `Mass` or of
+`SaleConfig`. The threshold of ``calibrated:0.1`` is an error allowed: every head's own threshold is halved until its
+output, on other text, errs by less than that share of the output's size (``calibrated-absolute``: by less than that).
+As in the paper it begins at 0.008, so that no head keeps less than at that; ``calibrated/start=0.128:0.1`` begins at
+that.
 
 Below the table stands the density that each rule needs for the same rise in loss, and whether the mass rule reaches a
 rise of at most 0.006, with recall within 0.05 of dense, at half of the density that the relative rule needs for that.
@@ -64,10 +65,9 @@ from sale_flex.bench.captured import Captured
 from sale_flex.bench.configs import MIN_LENGTH
 from sale_flex.bench.model import capture, text_files
 from sale_flex.bench.provenance import provenance
-from sale_flex.config import ESTIMATORS, METRICS
 
 CHECK_LENGTH = 8192  # the reference holds whole score matrices of a head
-THRESHOLDS = {"mass": "0.01,0.02,0.04", "relative": "0.004,0.016,0.032"}
+THRESHOLDS = dict.fromkeys(("scan", "moments"), "0.01,0.02,0.04") | {"relative": "0.004,0.016,0.032"}
 
 
 class Session:
@@ -126,7 +126,7 @@ class Session:
         how = {"calibrated on": [sample.digest for sample in samples]}
         row = self.rows.once({"kind": "calibration"} | self.identity | rule.fields | how, partial(self.calibrate, rule))
         heads = [torch.tensor(row["thresholds"][str(layer)], device=self.device) for layer in self.layers]
-        return [replace(rule.config, threshold=threshold) for threshold in heads], how
+        return [rule.config.with_options(threshold=threshold) for threshold in heads], how
 
     def calibrate(self, rule: Rule) -> dict[str, Any]:
         """The rest of a row of calibration."""
@@ -161,7 +161,7 @@ class Session:
         self.attention.configs = None
         kept = sum(int(each.kept_blocks.sum()) for each in stats)
         visible = sum(int(each.visible_blocks.sum()) for each in stats)
-        paths = Counter(each.path for each in stats) or {"sdpa": len(self.layers)}
+        paths = Counter(each.describe() for each in stats) or {"sdpa": len(self.layers)}
         recall = exact / sample.recalls
         return {
             "sample": number,
@@ -255,8 +255,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--notes", type=int, default=64, help="notes in a sequence")
     add("--recalls", type=int, default=48, help="notes that are recalled")
     add("--rules", help=f"what is measured, or none; default: {RULES}")
-    add("--metric", choices=METRICS, help="instead of --rules: the rule that is measured")
-    add("--estimator", choices=ESTIMATORS, help="instead of --rules: how the mass is estimated")
+    add("--rule", choices=THRESHOLDS, help="instead of --rules: the rule that is measured")
     add("--thresholds", help="instead of --rules: comma-separated thresholds")
     add("--block-size", default="64,64", help="query rows and keys of a block")
     add("--sink-tokens", type=int, default=SaleConfig.sink_tokens, help="first keys that are always kept")
@@ -274,13 +273,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--check-mask", action="store_true", help="compare masks with the reference at 8K tokens, and stop")
     add("--layers", help="layers of --check-mask, comma-separated; default: all")
     args = parser.parse_args(arguments)
-    single = args.metric or args.estimator or args.thresholds
+    single = args.rule or args.thresholds
     if single and args.rules is not None:
-        parser.error("--metric, --estimator and --thresholds are instead of --rules")
+        parser.error("--rule and --thresholds are instead of --rules")
     if args.rules is None and (single or args.check_mask):
-        metric = args.metric or SaleConfig.metric
-        name = (args.estimator or SaleConfig.estimator) if metric == "mass" else metric
-        args.rules = ":".join([name, *(args.thresholds or THRESHOLDS[metric]).split(",")])
+        name = args.rule or "scan"
+        args.rules = ":".join([name, *(args.thresholds or THRESHOLDS[name]).split(",")])
     common = SaleConfig(
         min_length=args.min_length,
         block_size=tuple(map(int, args.block_size.split(","))),

@@ -29,10 +29,11 @@ from sale_flex import SaleConfig, flex_kernel_options, sale_attention
 from sale_flex.audit import audit
 from sale_flex.bench.provenance import provenance
 from sale_flex.bits import pack_bits
+from sale_flex.call import check_arguments, settle
 from sale_flex.geometry import Grid, always_blocks, full_blocks, visible_blocks
 from sale_flex.integrations import transformers as sale_hf
 from sale_flex.integrations.transformers.calls import AttentionCall, observe
-from sale_flex.sight import Mod, Sight
+from sale_flex.user_mods import UserMods
 
 RULES = (
     "scan:0.01:0.02:0.03:0.04,moments:0.0025:0.005:0.01:0.02,relative:0.001:0.004:0.016:0.064,exact:0.01:0.02:0.03:0.06"
@@ -67,20 +68,8 @@ class Exact:
         if any(given is not None for given in options.values()):
             return sale_attention(query, key, value, self.config, scale=scale, **options)
         kept, bounds, grid = self.choose(query, key, scale)
-        min_length = self.config.min_length or 0
-        _, seen = audit(
-            query,
-            key,
-            pack_bits(kept),
-            None,
-            None,
-            None,
-            Sight(bounds, True, "", [], None, 1, 1),
-            Mod(),
-            scale,
-            self.config,
-            min_length,
-        )
+        given = check_arguments(query, key, value, self.config, UserMods(), None, None, scale, None)
+        _, seen = audit(settle(given), pack_bits(kept), None, None)
         visible = visible_blocks(bounds, grid)[:, None]
         self.reading.density.append((kept.sum((2, 3)) / visible.sum((2, 3)))[0].tolist())
         self.reading.wanted.append(seen.wanted_mass[0].tolist())
@@ -100,7 +89,7 @@ class Exact:
 
     def choose(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, Grid]:
         """Kept blocks, bool ``[1, Hq, nq, nk]``, bounds, and the grid of blocks."""
-        config, stride = self.config, self.config.query_stride or 1
+        config, stride = self.config, self.config.rule.pool
         heads, length = query.shape[1:3]
         grid = Grid(length, length, *config.block_size)
         bounds = torch.tensor([[0, 0, length]], dtype=torch.int32, device=query.device)
@@ -115,7 +104,7 @@ class Exact:
                 shares = logits.masked_fill_(at > rows[:, None], -torch.inf).softmax(-1)
                 masses = shares.unflatten(-1, (-1, config.block_size[1])).sum(-1).unflatten(0, (-1, rows_per_block))
                 first = int(rows[0]) // config.block_size[0]
-                hits[0, head, first : first + len(masses)] = masses.amax(1) >= config.threshold
+                hits[0, head, first : first + len(masses)] = masses.amax(1) >= config.rule.threshold
         return (hits | always[:, None]) & visible_blocks(bounds, grid)[:, None], bounds, grid
 
 

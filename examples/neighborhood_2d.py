@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
-from sale_flex import SaleConfig, mods, sale_attention
+from sale_flex import AuxRequest, Mass, SaleConfig, mods, sale_attention
 from sale_flex.testing import Inputs, Shape, assert_attention_close, dense_attention, random_inputs
 
 
@@ -51,8 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     mask_mod = mods.neighborhood((args.height, args.width), args.window, args.dilation)
 
     def sparse(threshold: float) -> tuple[Tensor, float]:
-        config = SaleConfig(threshold=threshold, min_length=0, sink_tokens=0, local_tokens=1)
-        output, stats = sale_attention(query, key, value, config, mask_mod=mask_mod, causal=False, stats=True)
+        config = SaleConfig(Mass(threshold), min_length=0, sink_tokens=0, local_tokens=1)
+        output, (_, stats) = sale_attention(
+            query, key, value, config, mask_mod=mask_mod, is_causal=False, return_aux=AuxRequest(stats=True)
+        )
         return output, stats.density.mean().item()
 
     rows, columns = (neighbours(n, args.window, args.dilation, device) for n in (args.height, args.width))

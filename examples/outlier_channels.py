@@ -23,13 +23,12 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sale_flex import SaleConfig, create_sale_block_mask
+from sale_flex import Mass, SaleConfig, create_sale_block_mask
 from sale_flex.bench.generator import Generated, generate
 from sale_flex.bench.inputs import Inputs
 from sale_flex.bench.threshold import find_threshold
@@ -91,8 +90,8 @@ def exact_masses(made: Generated, config: SaleConfig) -> Exact:
     for head in range(heads):
         keys = made.key[0, head // group]
         rows.append(_block_masses(made.query[0, head, MIN_LENGTH:], keys, MIN_LENGTH, 1, config))
-        means = made.query[0, head, MIN_LENGTH:].unflatten(0, (-1, config.query_pool)).mean(1)
-        pooled.append(_block_masses(means, keys, MIN_LENGTH, config.query_pool, config))
+        means = made.query[0, head, MIN_LENGTH:].unflatten(0, (-1, config.rule.pool)).mean(1)
+        pooled.append(_block_masses(means, keys, MIN_LENGTH, config.rule.pool, config))
     return Exact(torch.stack(rows), torch.stack(pooled))
 
 
@@ -121,10 +120,12 @@ def needle_blocks(made: Generated, config: SaleConfig) -> tuple[Tensor, Tensor, 
 
 def choose_exactly(made: Generated, config: SaleConfig, exact: Exact) -> Tensor:
     """The blocks that the rule would keep if its masses were exact, bool ``[Hq, nq, nk]``."""
-    always = create_sale_block_mask(made.query, made.key, replace(config, threshold=1.0))
+    always = create_sale_block_mask(made.query, made.key, config.with_options(threshold=1.0))
     kept = block_map(always).kept[0]
-    rows = config.block_size[0] // config.query_pool
-    kept[:, MIN_LENGTH // config.block_size[0] :] |= exact.pooled.ge(config.threshold).unflatten(1, (-1, rows)).any(2)
+    rows = config.block_size[0] // config.rule.pool
+    kept[:, MIN_LENGTH // config.block_size[0] :] |= (
+        exact.pooled.ge(config.rule.threshold).unflatten(1, (-1, rows)).any(2)
+    )
     return kept
 
 
@@ -148,15 +149,15 @@ def main(arguments: list[str] | None = None) -> int:
     add("--outliers", type=int, default=4, help="outlier channels a KV head")
     add("--threshold", type=float, default=0.005, help="share of a row's probability")
     add("--density", type=float, help="search the threshold of every line that keeps this share of the blocks instead")
-    add("--estimator", choices=("moments", "scan"), default="moments")
-    add("--query-pool", type=int, default=SaleConfig.query_pool, help="queries averaged to a pooled row")
+    add("--sub-block", type=int, default=8, help="keys estimated together; 1 takes every key by itself")
+    add("--query-pool", type=int, default=SaleConfig().rule.pool, help="queries averaged to a pooled row")
     add("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.length % 64 or args.length <= MIN_LENGTH:
         parser.error(f"--length must be a multiple of 64 above {MIN_LENGTH}, got {args.length}")
 
-    options = {"estimator": args.estimator, "query_pool": args.query_pool, "min_length": MIN_LENGTH}
-    common = SaleConfig.fast(args.threshold, **options)
+    options = {"pool": args.query_pool, "sub_block": args.sub_block, "min_length": MIN_LENGTH}
+    common = SaleConfig(Mass.fast(args.threshold)).with_options(**options)
     made = {count: generate(args.length, 8, 2, 128, outliers=count, seed=args.seed) for count in (0, args.outliers)}
     # Outliers change no softmax, and a rotation no logit: one truth for all.
     exact = exact_masses(made[0], common)
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(line("exact masses | - | - | -", choose_exactly(made[0], common, exact), exact, needles))
     for variant in variants(args.outliers):
         inputs = rotate(made[variant.outliers], variant.rotation)
-        config = replace(common, bits=variant.bits, smooth_tokens=variant.smooth_tokens)
+        config = common.with_options(bits=variant.bits, smooth_tokens=variant.smooth_tokens)
         if args.density is not None:
             config = find_threshold(inputs, config, args.density)
         mask = create_sale_block_mask(inputs.query, inputs.key, config)

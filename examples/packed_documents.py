@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sale_flex import SaleConfig, mods, sale_attention
+from sale_flex import AuxRequest, Mass, SaleConfig, mods, sale_attention
 from sale_flex.testing import Shape, assert_attention_close, causal_mask, structured_inputs
 
 
@@ -34,8 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     inside_documents = mods.document(ids)  # causality is sale_attention's own
 
     def packed(threshold: float) -> tuple[Tensor, float]:
-        config = SaleConfig(threshold=threshold, min_length=256)
-        output, stats = sale_attention(query, key, value, config, mask_mod=inside_documents, stats=True)
+        config = SaleConfig(Mass(threshold), min_length=256)
+        output, (_, stats) = sale_attention(
+            query, key, value, config, mask_mod=inside_documents, return_aux=AuxRequest(stats=True)
+        )
         return output, stats.density.mean().item()
 
     exact, _ = packed(0.0)

@@ -7,7 +7,7 @@ What is measured of attention alone takes the queries, keys and values of a dens
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 import sale_flex
-from sale_flex import SaleConfig, SaleStats
+from sale_flex import AuxRequest, SaleConfig, SaleStats
 from sale_flex.bench.captured import Captured
 from sale_flex.bench.model import read_text
-from sale_flex.block_mask import make_bounds
+from sale_flex.call import make_bounds
 from sale_flex.geometry import Grid, always_blocks
 from sale_flex.reference import keep_map
 from sale_flex.testing import block_map, mass_error_bound
@@ -81,9 +81,9 @@ class Attention:
             output = dense_attention(Captured(query, key, value, scaling))
         else:
             config = self.configs[module.layer_idx]
-            result = sale_flex.sale_attention(query, key, value, config, scale=scaling, stats=True)
-            output = result.output
-            self.stats.append(result.stats)
+            wanted = AuxRequest(stats=True)
+            output, aux = sale_flex.sale_attention(query, key, value, config, scale=scaling, return_aux=wanted)
+            self.stats += [aux.stats]
         return output.transpose(1, 2).contiguous(), None
 
 
@@ -226,7 +226,7 @@ def calibrate(
             limit = allowed * dense.abs().sum(-1).mean((0, 2)) if relative else allowed  # [Hq]
             tau = taus.get(layer, torch.full((query.shape[1],), start, device=query.device))
             while bool((tau > 0).any()):
-                output = sale_flex.sale_attention(query, key, value, replace(config, threshold=tau), scale=scale)
+                output = sale_flex.sale_attention(query, key, value, config.with_options(threshold=tau), scale=scale)
                 error = (output.float() - dense).abs().sum(-1).mean((0, 2))
                 over = ~(error < limit) & (tau > 0)  # negated: NaN is no small error
                 if not bool(over.any()):
@@ -287,7 +287,7 @@ def check_mask(captured: Captured, config: SaleConfig) -> dict[str, Any]:
         q, k = query[:, of], key[:, kv]
         expected = keep_map(q, k, config, value[:, kv], scale=scale, dtype=torch.float64)
         differs = dense[:, of] != expected.kept
-        within = CHECK_MARGIN if config.metric == "relative" else mass_error_bound(q, k, scale)
+        within = CHECK_MARGIN if config.rule.name == "relative" else mass_error_bound(q, k, scale)
         visible += int(expected.visible.sum())
         kept += int(dense[:, of].sum())
         differing += int(differs.sum())
@@ -298,5 +298,5 @@ def check_mask(captured: Captured, config: SaleConfig) -> dict[str, Any]:
         "visible": visible,
         "differing": differing,
         "ties": ties,
-        "path": stats.path,
+        "path": stats.describe(),
     }

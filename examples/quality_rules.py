@@ -6,38 +6,39 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from sale_flex import SaleConfig
+from sale_flex import Mass, SaleConfig
+from sale_flex.stored import stored_config
 
 BASES: dict[str, dict[str, Any]] = {
-    "moments": {"metric": "mass", "estimator": "moments", "query_stride": None, "bits": 4},
-    "scan": {"metric": "mass", "estimator": "scan"},
-    "relative": {"metric": "relative", "bits": 4},
-    "calibrated": {"metric": "relative", "bits": 4},
-    "calibrated-absolute": {"metric": "relative", "bits": 4},
+    "moments": {"rule": "mass", "pool_mode": "mean", "sub_block": 8, "bits": 4},
+    "scan": {"rule": "mass", "sub_block": 1},
+    "relative": {"rule": "relative", "bits": 4},
+    "calibrated": {"rule": "relative", "bits": 4},
+    "calibrated-absolute": {"rule": "relative", "bits": 4},
 }
 """How a rule's name begins -> what it is."""
 
 FIRST_TAU = 0.008
 """Where calibration begins, unless ``start`` says so; the paper's."""
 
-OPTIONS = [field.name for field in fields(SaleConfig) if field.name not in ("metric", "estimator", "threshold")]
+OPTIONS = [x.name for kind in (Mass, SaleConfig) for x in fields(kind) if x.name not in ("rule", "threshold")]
 """What may follow in a rule's name."""
 
 RULES = (
     "relative:0.004:0.008:0.016:0.032,calibrated:0.1:0.2,calibrated/start=0.128:0.05:0.1:0.2,scan:0.01:0.02:0.04,"
-    "scan/query_stride=2:0.02,scan/query_stride=8:0.02,moments:0.005:0.01:0.02,moments/bits=8:0.005:0.01:0.02"
+    "scan/pool=2:0.02,scan/pool=8:0.02,moments:0.005:0.01:0.02,moments/bits=8:0.005:0.01:0.02"
 )
 """What is measured by default."""
 
 NEEDLE_RULES = (
-    "relative:0.016,scan:0.01:0.02,scan/query_stride=1:0.02,moments:0.01:0.005,moments/sub_block=4:0.01:0.005,"
-    "moments/bits=8:0.01,moments/query_pool=2:0.01,moments/query_pool=1:0.02:0.01,"
-    "moments/query_pool=1/sub_block=4:0.02,moments/query_pool=1/bits=8:0.02"
+    "relative:0.016,scan:0.01:0.02,scan/pool=1:0.02,moments:0.01:0.005,moments/sub_block=4:0.01:0.005,"
+    "moments/bits=8:0.01,moments/pool=2:0.01,moments/pool=1:0.02:0.01,"
+    "moments/pool=1/sub_block=4:0.02,moments/pool=1/bits=8:0.02"
 )
 """Of which needle rows are counted by default."""
 
@@ -74,7 +75,7 @@ class Rule:
     """One row of a table: a rule at a threshold."""
 
     name: str
-    """``moments``, ``moments/query_pool=1``, ..."""
+    """``moments``, ``moments/pool=1``, ..."""
     threshold: float
     """Of the config; of a calibrated rule, the error allowed."""
     config: SaleConfig
@@ -101,14 +102,16 @@ class Rule:
     def fields(self) -> dict[str, Any]:
         """What a row says of it."""
         start = {"start": self.start} if self.calibrated else {}
-        return {"rule": self.label, **asdict(self.config), "threshold": self.threshold, **start}
+        of_config = stored_config(self.config)
+        options = of_config.pop("rule")
+        return {"rule": self.label, **options, **of_config, "threshold": self.threshold, **start}
 
 
 def parse_rules(text: str, common: SaleConfig) -> list[Rule]:
     """Read a comma-separated list of ``NAME[/OPTION=VALUE...]:THRESHOLD[:THRESHOLD...]``.
 
     Args:
-        text: For instance ``relative:0.016,moments/query_pool=1/block_size=64x32:0.01:0.02,calibrated:0.1``; ``none``
+        text: For instance ``relative:0.016,moments/pool=1/block_size=64x32:0.01:0.02,calibrated:0.1``; ``none``
             and the empty text are no rules.
         common: What a rule does not name.
 
@@ -133,9 +136,10 @@ def parse_rules(text: str, common: SaleConfig) -> list[Rule]:
             given[field] = _parse_value(field, value, item)
         start = given.pop("start", FIRST_TAU)
         try:
-            config = replace(common, **(BASES[base] | given))
+            chosen = BASES[base] | given
+            config = SaleConfig.from_options(**(_common_options(common) | chosen))
             for threshold in map(float, thresholds):
-                with_it = replace(config, threshold=threshold)  # of a calibrated rule this checks the range alone
+                with_it = config.with_options(threshold=threshold)  # of a calibrated rule this checks the range alone
                 rule = Rule(name, threshold, config if calibrated else with_it, start)
                 rules[rule.label] = rule
         except ValueError as error:
@@ -143,10 +147,16 @@ def parse_rules(text: str, common: SaleConfig) -> list[Rule]:
     return list(rules.values())
 
 
+def _common_options(common: SaleConfig) -> dict[str, Any]:
+    return {field.name: getattr(common, field.name) for field in fields(common) if field.name != "rule"}
+
+
 def _parse_value(field: str, value: str, item: str) -> Any:
     try:
         if field == "block_size":
             return tuple(map(int, value.split("x")))
+        if field == "pool_mode":
+            return value
         return float(value) if field == "start" else int(value)
     except ValueError:
         form = {"block_size": "NxN", "start": "a threshold"}.get(field, "N")
@@ -313,7 +323,7 @@ def half_density(columns: Columns, rules: Sequence[Rule]) -> Iterator[dict[str, 
     A point is compared with what the relative rule needs for a rise of all of `RISE_LIMIT`, however little it rises.
     """
     for rule in rules:
-        if rule.config.metric == "mass":
+        if rule.config.rule.name == "mass":
             row = {"rule": rule.label}
             for column, points in columns.items():
                 (point,) = (point for point in points[rule.name] if point.label == rule.label)

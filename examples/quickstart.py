@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import sale_flex
+from sale_flex import AuxRequest
 from sale_flex.testing import Shape, assert_attention_close, block_map, causal_mask, expand_blocks, structured_inputs
 
 
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     shape = Shape(args.length, args.length, heads=8, kv_heads=2, head_dim=64, dtype=dtype)
     query, key, value = structured_inputs(shape, device=device)
     # By default what is too short to gain time is dense; here the sparse path is what is to be seen.
-    config = sale_flex.SaleConfig(threshold=args.threshold, min_length=1024)
+    config = sale_flex.SaleConfig(sale_flex.Mass(args.threshold), min_length=1024)
 
     def dense() -> Tensor:
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     def sparse() -> Tensor:
         return sale_flex.sale_attention(query, key, value, config)
 
-    output, stats = sale_flex.sale_attention(query, key, value, config, stats=True)
+    output, (_, stats) = sale_flex.sale_attention(query, key, value, config, return_aux=AuxRequest(stats=True))
     if args.length <= 8192:  # the check builds whole score matrices
         mask = sale_flex.create_sale_block_mask(query, key, config)
         kept = expand_blocks(block_map(mask).kept, config.block_size, args.length, args.length)
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
     change = ((output - dense()).norm() / output.norm()).item()
     print(
-        f"{args.length} tokens on {device}, {stats.path}: density {stats.density.mean():.3f}, output changed by "
+        f"{args.length} tokens on {device}, {stats.describe()}: density {stats.density.mean():.3f}, output changed by "
         f"{change:.4f}, {seconds(sparse):.4f} s against {seconds(dense):.4f} s dense"
     )
     return 0

@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
-from sale_flex import SaleConfig, mods, sale_attention
+from sale_flex import AuxRequest, Mass, SaleConfig, mods, sale_attention
 from sale_flex.testing import Shape, structured_inputs
 
 
@@ -46,9 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
     window_and_sinks = mods.or_masks(mods.sliding_window(args.window), first_tokens)
 
     def sparse(threshold: float) -> tuple[Tensor, float]:
-        config = SaleConfig(threshold=threshold, min_length=0)
-        output, stats = sale_attention(
-            query, key, value, config, mask_mod=window_and_sinks, sink_logits=sink_logits, stats=True
+        config = SaleConfig(Mass(threshold), min_length=0)
+        output, (_, stats) = sale_attention(
+            query,
+            key,
+            value,
+            config,
+            mask_mod=window_and_sinks,
+            sink_logits=sink_logits,
+            return_aux=AuxRequest(stats=True),
         )
         return output, stats.density.mean().item()
 

@@ -33,7 +33,11 @@ def slots_before(tokens: int) -> int:
 
 @triton.jit
 def _audited_position(slot):
-    """The audited position of the slot-th group, counted from the first valid key."""
+    """Position of the row that is audited of each group, counted from the first valid key, int32 ``[M]``.
+
+    Args:
+        slot: Numbers of the groups, int32 ``[M]``.
+    """
     first = tl.where(slot < 64, slot * 64, tl.where(slot < 96, (slot - 32) * 128, (slot - 64) * 256))
     shift = tl.where(slot < 64, 26, tl.where(slot < 96, 25, 24)).to(tl.uint32)
     # Multiples of the golden ratio: places within the groups are spread evenly, and depend on the position alone.
@@ -46,7 +50,29 @@ def _audited(
     LISTED_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Query rows of a tile, each TOGETHER times; whether they are audited; the key blocks [low, high) that any sees."""
+    """Which rows a tile audits, and the key blocks that any of them sees.
+
+    Args:
+        tile: Number of the tile, counted from the first group that the call may meet.
+        b: Batch row.
+        structure: Batch row and structure head, ``b * Hs + head``, int64.
+        rows_ptr: First and last key that each row sees, int32 ``[B, Hs, 2, nq * BLOCK_Q]``; not read unless
+            LISTED_ROWS.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        q_len: Sq.
+        query_rows: ``nq * BLOCK_Q``.
+        min_length: A row is audited if its last key lies at least this many tokens after its first one. Without
+            LISTED_ROWS this is asked of the first row of its query block that is no padding.
+        LISTED_ROWS: Whether `rows_ptr` says what rows see; otherwise they are plain causal.
+        BLOCK_Q: Query rows a block.
+        BLOCK_K: Keys a block.
+        BLOCK_M: Rows of a tile: TOGETHER for each audited position.
+        TOGETHER: Heads that share a tile: each position is there once for each of them, side by side.
+
+    Returns:
+        Query rows, int32 ``[BLOCK_M]``, 0 where the call has none; whether they are audited, int1 ``[BLOCK_M]``; the
+        first of the key blocks, and one past the last: 0 if the tile audits nothing.
+    """
     offset = tl.load(bounds_ptr + b * 3)
     start = tl.load(bounds_ptr + b * 3 + 1)
     end = tl.load(bounds_ptr + b * 3 + 2)
@@ -82,9 +108,59 @@ def _weigh_kernel(
     LISTED_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 logarithms of sums of exponentials of SPAN key blocks, ``logs[b, h / TOGETHER, tile, nk, BLOCK_M]``.
+    """Base-2 logarithms of the sums of exponentials of every row of a tile in each of SPAN key blocks.
 
     A tile's rows are those of TOGETHER heads that share keys, the heads of a position side by side.
+
+    Args:
+        query_ptr: Queries ``[B, Hq, Sq, D]``.
+        stride_qb: Queries: from batch row to batch row.
+        stride_qh: Queries: from head to head.
+        stride_qs: Queries: from row to row.
+        stride_qd: Queries: from channel to channel.
+        key_ptr: Keys ``[B, Hkv, Skv, D]``, the queries' dtype.
+        stride_kb: Keys: from batch row to batch row.
+        stride_kh: Keys: from head to head.
+        stride_ks: Keys: from key to key.
+        stride_kd: Keys: from channel to channel.
+        rows_ptr: First and last key that each row sees, int32 ``[B, Hs, 2, nq * BLOCK_Q]``; not read unless
+            LISTED_ROWS.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        listed_ptr: The caller's block mask as bits, int32 ``[1 or B, 1 or Hs, nq', ceil(nk' / 32)]``; not read if
+            LISTED_Q is 0.
+        listed_b: Words of the caller's block mask from batch row to batch row; 0 if all share it.
+        listed_h: Words of the caller's block mask from head to head; 0 if all share it.
+        listed_words: Words a row of blocks of the caller's block mask.
+        mask_aux: What the mask_mod reads.
+        score_aux: What the score_mod reads.
+        logs_ptr: Result, float32 ``[B, Hq / TOGETHER, tiles, nk, BLOCK_M]``; blocks that no row of the tile can see are
+            not written.
+        scale: Softmax scale.
+        q_len: Sq.
+        kv_len: Skv.
+        query_rows: ``nq * BLOCK_Q``.
+        key_blocks: nk.
+        min_length: A row is audited if its last key lies at least this many tokens after its first one. Without
+            LISTED_ROWS this is asked of the first row of its query block that is no padding.
+        first_tile: Number of the first tile of this launch.
+        tiles: Tiles of this launch.
+        HEADS: Hq.
+        KV_HEADS: Hkv.
+        STRUCTURE_HEADS: Hs: 1 if all heads see the same, or Hq.
+        CAUSAL: Whether a row sees keys up to its position only.
+        MASK: The mask_mod, or None.
+        LISTED_Q: Query rows a block of the caller's block mask; 0 without one.
+        LISTED_K: Keys a block of the caller's block mask.
+        SCORE: The score_mod, or None.
+        LISTED_ROWS: Whether `rows_ptr` says what rows see; otherwise they are plain causal.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        BLOCK_Q: Query rows a block.
+        BLOCK_K: Keys a block.
+        BLOCK_M: Rows of a tile: TOGETHER for each audited position.
+        BLOCK_N: Keys a step, a divisor of BLOCK_K.
+        TOGETHER: Heads that share a tile: each position is there once for each of them, side by side.
+        SPAN: Key blocks a program.
     """
     TILES: tl.constexpr = BLOCK_K // BLOCK_N
     group = tl.program_id(1).to(tl.int64)
@@ -170,7 +246,42 @@ def _share_kernel(
     FLAGS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Of each row of a tile: whether it is audited, what it wants in blocks, and what of that was not kept."""
+    """Of each row of a tile: whether it is audited, what it wants in blocks, and what of that was not kept.
+
+    Args:
+        logs_ptr: From `_weigh_kernel`, float32 ``[B, Hq / TOGETHER, tiles, nk, BLOCK_M]``.
+        hits_ptr: Bits of the chosen blocks, int32 ``[B, Hq, nq, ceil(nk / 32)]``.
+        nonfinite_ptr: Bits of the blocks that are kept besides, int32 ``[B, Hkv, ceil(nk / 32)]``; not read unless
+            FLAGS.
+        always_ptr: Bits of the blocks that are always kept, int32 ``[B, Hs, nq, ceil(nk / 32)]``; not read unless
+            LISTED_ROWS.
+        rows_ptr: First and last key that each row sees, int32 ``[B, Hs, 2, nq * BLOCK_Q]``; not read unless
+            LISTED_ROWS.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        audit_ptr: Result, float32 ``[B, Hq, slots, 3]``.
+        least: Share of a row's softmax that a block must have to be wanted.
+        q_len: Sq.
+        query_rows: ``nq * BLOCK_Q``.
+        query_blocks: nq.
+        key_blocks: nk.
+        words: ``ceil(nk / 32)``.
+        slots: Groups that the call may meet.
+        sink_tokens: First valid keys whose blocks are always kept; not used if LISTED_ROWS.
+        local_tokens: Keys up to a row's position whose blocks are always kept; not used if LISTED_ROWS.
+        min_length: A row is audited if its last key lies at least this many tokens after its first one. Without
+            LISTED_ROWS this is asked of the first row of its query block that is no padding.
+        first_tile: Number of the first tile of this launch.
+        tiles: Tiles of this launch.
+        HEADS: Hq.
+        KV_HEADS: Hkv.
+        STRUCTURE_HEADS: Hs: 1 if all heads see the same, or Hq.
+        LISTED_ROWS: Whether `rows_ptr` says what rows see; otherwise they are plain causal.
+        FLAGS: Whether `nonfinite_ptr` is there.
+        BLOCK_Q: Query rows a block.
+        BLOCK_K: Keys a block.
+        BLOCK_M: Rows of a tile: TOGETHER for each audited position.
+        TOGETHER: Heads that share a tile: each position is there once for each of them, side by side.
+    """
     group = tl.program_id(1).to(tl.int64)
     b = tl.program_id(1) // (HEADS // TOGETHER)
     head = tl.program_id(1) % (HEADS // TOGETHER) * TOGETHER
@@ -267,18 +378,18 @@ def audit_rows(
             causal attention.
         rows: int32 ``[B, Hs, 2, nq * block_q]``: first and last key that each row sees; None with `always`.
         bounds: int32 ``[B, 3]``.
-        causal: As in `block_structure`, and so are the next four.
-        mask: mask_mod, or None.
-        listed: The caller's block mask, or None.
-        listed_q: Query rows a block of it.
-        listed_k: Keys a block of it.
+        causal: Whether a row sees keys up to its position only.
+        mask: mask_mod as jit function and what it reads, or None.
+        listed: The caller's block mask as bits, as in `block_structure`, or None.
+        listed_q: Query rows a block of the caller's block mask.
+        listed_k: Keys a block of the caller's block mask.
         score: score_mod as jit function and what it reads, or None.
         scale: Softmax scale.
         least: Share of a row's softmax that a block must have to be wanted.
         block_q: Query rows a block.
         block_k: Keys a block.
         sink_tokens: First valid keys whose blocks are always kept.
-        local_tokens: Keys up to a row's position whose blocks are.
+        local_tokens: Keys up to a row's position whose blocks are always kept.
         min_length: Rows fewer than this many keys after the first one are early, in tokens.
 
     Returns:

@@ -22,7 +22,38 @@ def _build_lists_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_NONFINITE: tl.constexpr, WANT_KEPT: tl.constexpr, LEAVE_EARLY: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Kept bits and index lists of one query block."""
+    """Kept bits and index lists of one query block.
+
+    Args:
+        hits_ptr: Bits of a rule's hits, int32 ``[B, Hq, nq, ceil(nk / 32)]``.
+        nonfinite_ptr: Bits of blocks with a value that is not finite, int32 ``[B, Hkv, ceil(nk / 32)]``; not read
+            unless HAS_NONFINITE.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        kept_ptr: Result: bits of kept blocks, int32 ``[B, Hq, nq, ceil(nk / 32)]``; not written unless WANT_KEPT.
+        partial_num_ptr: Result: how many partial blocks are listed, int32 ``[B, Hq, nq]``.
+        full_num_ptr: Result: how many full blocks are listed, int32 ``[B, Hq, nq]``.
+        lists_ptr: Result: indices of partial blocks, then of full ones, int32
+            ``[B, Hq, nq, partial_width + full_width]``.
+        q_len: Sq.
+        kv_len: Skv.
+        query_blocks: nq.
+        key_blocks: nk.
+        words: ``ceil(nk / 32)``.
+        sink_tokens: First valid keys whose blocks are always kept.
+        local_tokens: Keys up to each row's position whose blocks are always kept.
+        min_length: Query blocks with a row fewer than this many tokens after the first valid key are early: they keep
+            all they see.
+        partial_width: Room for partial blocks, in blocks.
+        full_width: Room for full blocks, in blocks.
+        HEADS: Hq.
+        KV_HEADS: Hkv.
+        BLOCK_Q: Query rows a block.
+        BLOCK_K: Keys a block.
+        HAS_NONFINITE: Whether `nonfinite_ptr` is there.
+        WANT_KEPT: Whether the kept bits are wanted.
+        LEAVE_EARLY: Whether early query blocks keep nothing instead of everything.
+        CHUNK: Key blocks looked at together.
+    """
     row = tl.program_id(0).to(tl.int64)  # (batch * HEADS + head) * query_blocks + query block
     query_block = (row % query_blocks).to(tl.int32)
     bh = row // query_blocks
@@ -82,7 +113,22 @@ def _nonfinite_blocks_kernel(
     value_ptr, stride_b, stride_h, stride_s, stride_d, bounds_ptr, flags_ptr, words,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One word of 32 blocks' flags of one head."""
+    """One word of 32 blocks' flags of one head.
+
+    Args:
+        value_ptr: Values ``[B, Hkv, Skv, D]``.
+        stride_b: From batch row to batch row.
+        stride_h: From head to head.
+        stride_s: From key to key.
+        stride_d: From channel to channel.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        flags_ptr: Result, int32 ``[B, Hkv, ceil(nk / 32)]``.
+        words: ``ceil(nk / 32)``.
+        HEADS: Hkv.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        BLOCK_K: Keys a block.
+    """
     word = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     batch = bh // HEADS

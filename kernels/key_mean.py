@@ -18,7 +18,22 @@ def _key_mean_kernel(
     key_ptr, stride_b, stride_h, stride_s, stride_d, bounds_ptr, mean_ptr, heads, smooth_tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Mean of one head's first valid keys."""
+    """Mean of one head's first valid keys.
+
+    Args:
+        key_ptr: Keys ``[B, Hkv, Skv, D]``.
+        stride_b: From batch row to batch row.
+        stride_h: From head to head.
+        stride_s: From key to key.
+        stride_d: From channel to channel.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        mean_ptr: Result, float32 ``[B, Hkv, D]``.
+        heads: Hkv.
+        smooth_tokens: Length of the prefix, in tokens.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        BLOCK_S: Keys a step.
+    """
     bh = tl.program_id(0).to(tl.int64)
     batch = bh // heads
     start = tl.load(bounds_ptr + batch * 3 + 1)

@@ -19,7 +19,32 @@ def _listed_compact_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, STRUCTURE_HEADS: tl.constexpr, HAS_NONFINITE: tl.constexpr,
     WANT_KEPT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Kept bits and index lists of one query block."""
+    """Kept bits and index lists of one query block.
+
+    Args:
+        hits_ptr: Bits of a rule's hits, int32 ``[B, Hq, nq, ceil(nk / 32)]``.
+        nonfinite_ptr: Bits of blocks with a value that is not finite, int32 ``[B, Hkv, ceil(nk / 32)]``; not read
+            unless HAS_NONFINITE.
+        visible_ptr: Bits of visible blocks, int32 ``[B, Hs, nq, ceil(nk / 32)]``.
+        full_ptr: Bits of full blocks, int32 ``[B, Hs, nq, ceil(nk / 32)]``.
+        always_ptr: Bits of always-kept blocks, int32 ``[B, Hs, nq, ceil(nk / 32)]``.
+        kept_ptr: Result: bits of kept blocks, int32 ``[B, Hq, nq, ceil(nk / 32)]``; not written unless WANT_KEPT.
+        partial_num_ptr: Result: how many partial blocks are listed, int32 ``[B, Hq, nq]``.
+        full_num_ptr: Result: how many full blocks are listed, int32 ``[B, Hq, nq]``.
+        lists_ptr: Result: indices of partial blocks, then of full ones, int32
+            ``[B, Hq, nq, partial_width + full_width]``.
+        dropped_ptr: Result: how many kept blocks found no room, int32 ``[B, Hq, nq]``.
+        query_blocks: nq.
+        words: ``ceil(nk / 32)``.
+        partial_width: Room for partial blocks, in blocks.
+        full_width: Room for full blocks, in blocks.
+        HEADS: Hq.
+        KV_HEADS: Hkv.
+        STRUCTURE_HEADS: Hs: 1 if all heads see the same, or Hq.
+        HAS_NONFINITE: Whether `nonfinite_ptr` is there.
+        WANT_KEPT: Whether the kept bits are wanted.
+        CHUNK: Key blocks looked at together.
+    """
     row = tl.program_id(0).to(tl.int64)  # (batch * HEADS + head) * query_blocks + query block
     bh = row // query_blocks
     batch = bh // HEADS
@@ -80,8 +105,8 @@ def listed_compact(
         hits: int32 ``[B, Hq, nq, ceil(nk / 32)]`` from a rule.
         nonfinite_values: int32 ``[B, Hkv, ceil(nk / 32)]`` from `nonfinite_blocks`, or None.
         visible: int32 ``[B, 1 or Hq, nq, ceil(nk / 32)]`` from `block_structure`.
-        full: The same of full blocks.
-        always: The same from `block_lists`.
+        full: int32 ``[B, 1 or Hq, nq, ceil(nk / 32)]`` from `block_structure`.
+        always: int32 ``[B, 1 or Hq, nq, ceil(nk / 32)]`` from `block_lists`.
         kv_heads: Hkv.
         partial_width: Room for partial blocks, in blocks; what finds none is left out.
         full_width: Room for full blocks.

@@ -2,7 +2,7 @@
 """Pooled query rows of a programmed call: the rows themselves, their codes, and the logit of the smoothing mean.
 
 Entry point: `listed_pool`. The arithmetic is that of `pool.pool_queries`, to the bit; what a row's own sink and local
-keys weigh is left to `listed_mass`, because a score_mod and a mask have a say in it. Memory-bound.
+keys weigh is left to `listed_mass`, because it depends on the score_mod and the mask. Memory-bound.
 """
 
 import torch
@@ -21,7 +21,36 @@ def _listed_pool_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr, SAMPLE: tl.constexpr, TOP: tl.constexpr,
     SQUARES: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R pooled rows of one head."""
+    """BLOCK_R pooled rows of one head.
+
+    Args:
+        query_ptr: Queries ``[B, Hq, Sq, D]``.
+        stride_b: From batch row to batch row.
+        stride_h: From head to head.
+        stride_s: From row to row.
+        stride_d: From channel to channel.
+        mean_ptr: Smoothing mean, float32 ``[B, Hkv, D]``.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        rows_ptr: Result: pooled rows ``[B, Hq, R, D]``, the queries' dtype.
+        codes_ptr: Result: codes of the rows, int8 ``[B, Hq, R, D]``.
+        squares_ptr: Result: codes of `squared_codes`, int8 ``[B, Hq, R, D]``; not written unless SQUARES.
+        scale_ptr: Result: scales of the codes, float32 ``[B, Hq, R]``; NaN for a row that is not finite.
+        shift_ptr: Result: logits of the smoothing mean, float32 ``[B, Hq, R]``.
+        logit_scale: Softmax scale.
+        q_len: Sq.
+        row_count: R.
+        tiles: Programs a head.
+        heads: Hq.
+        group: Query heads a KV head.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        P: Query rows a pooled row.
+        SAMPLE: Whether the last real row of a pool stands for it, instead of the mean.
+        TOP: Largest code: 7 or 127.
+        SQUARES: Whether squares of codes are wanted; codes are then not rotated.
+        STAGES: Stages of the rotation: log2 of the channels that it mixes; not used if SQUARES.
+        BLOCK_R: Pooled rows a program.
+    """
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     batch = bh // heads
     offset = tl.load(bounds_ptr + batch * 3)

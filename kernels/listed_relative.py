@@ -29,7 +29,56 @@ def _listed_limits_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Limits of BLOCK_M rows of one head."""
+    """Limits of BLOCK_M rows of one head.
+
+    Args:
+        query_ptr: Queries ``[B, Hq, Sq, D]``.
+        stride_qb: Queries: from batch row to batch row.
+        stride_qh: Queries: from head to head.
+        stride_qs: Queries: from row to row.
+        stride_qd: Queries: from channel to channel.
+        key_ptr: Keys ``[B, Hkv, Skv, D]``, the queries' dtype.
+        stride_kb: Keys: from batch row to batch row.
+        stride_kh: Keys: from head to head.
+        stride_ks: Keys: from key to key.
+        stride_kd: Keys: from channel to channel.
+        mean_ptr: Smoothing mean, float32 ``[B, Hkv, D]``.
+        counts_ptr: How many blocks are always kept, partial and whole candidates, int32 ``[B, Hs, nq, 3]``.
+        lists_ptr: Blocks: always kept, partial, whole; int32 ``[B, Hs, nq, nk]``.
+        rows_ptr: First and last key that each row sees, int32 ``[B, Hs, 2, nq * BLOCK_Q]``.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        listed_ptr: The caller's block mask as bits, int32 ``[1 or B, 1 or Hs, nq', ceil(nk' / 32)]``; not read if
+            LISTED_Q is 0.
+        listed_b: Words of the caller's block mask from batch row to batch row; 0 if all share it.
+        listed_h: Words of the caller's block mask from head to head; 0 if all share it.
+        listed_words: Words a row of blocks of the caller's block mask.
+        mask_aux: What the mask_mod reads.
+        score_aux: What the score_mod reads.
+        threshold_ptr: Relative attention score, float32 ``[Hq]``.
+        limit_ptr: Result: what scores of a row must reach, float32 ``[B, Hq, nq * BLOCK_Q]``; +inf if it sees nothing.
+        shift_ptr: Result: logits of the smoothing mean, float32 ``[B, Hq, nq * BLOCK_Q]``.
+        scale: Softmax scale.
+        q_len: Sq.
+        kv_len: Skv.
+        query_blocks: nq.
+        key_blocks: nk.
+        sink_tokens: Keys from a row's first one on that are in the statistics.
+        local_tokens: Keys up to a row's position (without CAUSAL, also from it on) that are in the statistics.
+        HEADS: Hq.
+        KV_HEADS: Hkv.
+        STRUCTURE_HEADS: Hs: 1 if all heads see the same, or Hq.
+        CAUSAL: Whether a row sees keys up to its position only.
+        MASK: The mask_mod, or None.
+        LISTED_Q: Query rows a block of the caller's block mask; 0 without one.
+        LISTED_K: Keys a block of the caller's block mask.
+        SCORE: The score_mod, or None.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        BLOCK_Q: Query rows a block.
+        BLOCK_K: Keys a block.
+        BLOCK_M: Query rows a program, a divisor of BLOCK_Q.
+        BLOCK_N: Keys a step, a divisor of BLOCK_K.
+    """
     TILES: tl.constexpr = BLOCK_K // BLOCK_N
     bh = tl.program_id(1).to(tl.int64)
     b = tl.program_id(1) // HEADS
@@ -102,7 +151,48 @@ def _listed_scan_kernel(
     CAUSAL: tl.constexpr, MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SCORE: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Hit bits of one query block of one head."""
+    """Hit bits of one query block of one head.
+
+    Args:
+        query_codes_ptr: Codes of the queries, int8 ``[B, Hq, R, D]``.
+        query_scale_ptr: Scales of the queries' codes, float32 ``[B, Hq, Sq]``.
+        key_codes_ptr: Codes of the smoothed keys, int8 ``[B, Hkv, R', D]``.
+        key_scale_ptr: Scales of the keys' codes, float32 ``[B, Hkv, R' / BLOCK_K]``: a group's, counted from the first
+            valid key.
+        limit_ptr: What scores of a row must reach, float32 ``[B, Hq, nq * BLOCK_Q]``.
+        shift_ptr: Logits of the smoothing mean, float32 ``[B, Hq, nq * BLOCK_Q]``.
+        counts_ptr: How many blocks are always kept, partial and whole candidates, int32 ``[B, Hs, nq, 3]``.
+        lists_ptr: Blocks: always kept, partial, whole; int32 ``[B, Hs, nq, nk]``.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        listed_ptr: The caller's block mask as bits, int32 ``[1 or B, 1 or Hs, nq', ceil(nk' / 32)]``; not read if
+            LISTED_Q is 0.
+        listed_b: Words of the caller's block mask from batch row to batch row; 0 if all share it.
+        listed_h: Words of the caller's block mask from head to head; 0 if all share it.
+        listed_words: Words a row of blocks of the caller's block mask.
+        mask_aux: What the mask_mod reads.
+        score_aux: What the score_mod reads.
+        hits_ptr: Result: bits, int32 ``[B, Hq, nq, ceil(nk / 32)]``, zeros before.
+        scale: Softmax scale.
+        q_len: Sq.
+        kv_len: Skv.
+        query_rows: R: query rows, padded.
+        key_rows: R': keys, padded.
+        query_blocks: nq.
+        key_blocks: nk.
+        words: ``ceil(nk / 32)``.
+        HEADS: Hq.
+        KV_HEADS: Hkv.
+        STRUCTURE_HEADS: Hs: 1 if all heads see the same, or Hq.
+        CAUSAL: Whether a row sees keys up to its position only.
+        MASK: The mask_mod, or None.
+        LISTED_Q: Query rows a block of the caller's block mask; 0 without one.
+        LISTED_K: Keys a block of the caller's block mask.
+        SCORE: The score_mod, or None.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        BLOCK_Q: Query rows a block.
+        BLOCK_K: Keys a block.
+    """
     query_block = tl.num_programs(0) - 1 - tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b = tl.program_id(1) // HEADS
@@ -200,18 +290,18 @@ def listed_limits(
         lists: From `block_lists`.
         rows: From `block_structure`.
         bounds: int32 ``[B, 3]``.
-        causal: As in `block_structure`, and so are the next four.
-        mask: mask_mod, or None.
-        listed: The caller's block mask, or None.
-        listed_q: Query rows a block of it.
-        listed_k: Keys a block of it.
+        causal: Whether a row sees keys up to its position only.
+        mask: mask_mod as jit function and what it reads, or None.
+        listed: The caller's block mask as bits, as in `block_structure`, or None.
+        listed_q: Query rows a block of the caller's block mask.
+        listed_k: Keys a block of the caller's block mask.
         score: score_mod as jit function and what it reads, or None.
         threshold: float32 ``[Hq]``, relative attention score.
         scale: Softmax scale.
         block_q: Query rows a block.
         block_k: Keys a block.
-        sink_tokens: Keys from a row's first on that are in the statistics.
-        local_tokens: Keys up to its position (without `causal`, also from it on) that are.
+        sink_tokens: Keys from a row's first one on that are in the statistics.
+        local_tokens: Keys up to a row's position (without `causal`, also from it on) that are in the statistics.
 
     Returns:
         float32 ``[B, Hq, nq * block_q]`` both: the limit, +inf for rows that see nothing, and `scale` times row times
@@ -278,11 +368,11 @@ def listed_scan(
         counts: From `block_lists`.
         lists: From `block_lists`.
         bounds: int32 ``[B, 3]``.
-        causal: As in `block_structure`, and so are the next four.
-        mask: mask_mod, or None.
-        listed: The caller's block mask, or None.
-        listed_q: Query rows a block of it.
-        listed_k: Keys a block of it.
+        causal: Whether a row sees keys up to its position only.
+        mask: mask_mod as jit function and what it reads, or None.
+        listed: The caller's block mask as bits, as in `block_structure`, or None.
+        listed_q: Query rows a block of the caller's block mask.
+        listed_k: Keys a block of the caller's block mask.
         score: score_mod as jit function and what it reads, or None.
         scale: Softmax scale.
         q_len: Sq.

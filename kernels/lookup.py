@@ -14,7 +14,21 @@ def _kept_table_kernel(
     kept_ptr, table_ptr, layout_ptr, words, table_words, stride_b, stride_h, stride_q,
     LOG_Q: tl.constexpr, LOG_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Copy CHUNK words, zeros past the last one; the first program also writes the layout."""
+    """Copy CHUNK words, zeros past the last one; the first program also writes the layout.
+
+    Args:
+        kept_ptr: Kept bits, int32 ``[words]``.
+        table_ptr: Result: the table, int32 ``[table_words]``.
+        layout_ptr: Result: int32 ``[5]``: the three strides, LOG_Q and LOG_K.
+        words: Words of the kept bits.
+        table_words: Words of the table.
+        stride_b: Words from batch row to batch row of the kept bits; 0 if all share them.
+        stride_h: Words from head to head of the kept bits; 0 if all share them.
+        stride_q: Words from query block to query block of the kept bits; 0 if there is one.
+        LOG_Q: log2 of the query rows a block.
+        LOG_K: log2 of the keys a block.
+        CHUNK: Words a program.
+    """
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     tl.store(table_ptr + at, tl.load(kept_ptr + at, mask=at < words, other=0), mask=at < table_words)
     if tl.program_id(0) == 0:

@@ -19,7 +19,14 @@ STEP_ROWS = 256
 
 @triton.jit
 def _block_scale(x, TOP: tl.constexpr, BLOCKS: tl.constexpr, SUBS: tl.constexpr):
-    """Scale, inverse and finiteness of every key block's largest magnitude, each ``[BLOCKS]``."""
+    """Scale, inverse and finiteness of every key block's largest magnitude, each ``[BLOCKS]``.
+
+    Args:
+        x: Moments of sub-blocks, float32 ``[BLOCKS * SUBS, N]``.
+        TOP: Largest code.
+        BLOCKS: Key blocks.
+        SUBS: Sub-blocks a key block.
+    """
     amax = tl.reduce(tl.reduce(tl.abs(tl.reshape(x, [BLOCKS, SUBS, x.shape[1]])), 2, nan_max), 1, nan_max)
     scale, inverse = symmetric_scale(amax, TOP)
     return scale, inverse, is_finite(amax)
@@ -27,7 +34,18 @@ def _block_scale(x, TOP: tl.constexpr, BLOCKS: tl.constexpr, SUBS: tl.constexpr)
 
 @triton.jit
 def _store_codes(codes_ptr, x, inverse, keep, offsets, D: tl.constexpr, BLOCKS: tl.constexpr, SUBS: tl.constexpr):
-    """Round x times its block's inverse scale, 0 in blocks not to keep, and store rows from offset `offsets` on."""
+    """Round x times its block's inverse scale, 0 in blocks not to keep, and store it in rows `offsets`.
+
+    Args:
+        codes_ptr: Codes of the head, int8 ``[R, D]``.
+        x: Moments of sub-blocks, float32 ``[BLOCKS * SUBS, N]``.
+        inverse: Inverse scales, float32 ``[BLOCKS]``.
+        keep: Which blocks to keep, int1 ``[BLOCKS]``.
+        offsets: Rows of the codes, int64 ``[BLOCKS * SUBS]``.
+        D: Channels.
+        BLOCKS: Key blocks.
+        SUBS: Sub-blocks a key block.
+    """
     dims: tl.constexpr = x.shape[1]
     offsets_d = tl.arange(0, dims)
     x = tl.reshape(x, [BLOCKS, SUBS, dims])
@@ -44,7 +62,33 @@ def _quantize_moments_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr,
     TOP: tl.constexpr, VAR_TOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Codes of BLOCKS key blocks of one head; those of single keys behind a rotation of STAGES stages."""
+    """Codes of BLOCKS key blocks of one head; those of single keys are rotated.
+
+    Args:
+        key_ptr: Keys ``[B, H, S, D]``.
+        stride_b: From batch row to batch row.
+        stride_h: From head to head.
+        stride_s: From key to key.
+        stride_d: From channel to channel.
+        mean_ptr: Smoothing mean, float32 ``[B, H, D]``.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        mu_ptr: Result: codes of means, int8 ``[B, H, R, D]``.
+        mu_scale_ptr: Result: scales of means, float32 ``[B, H, R * G / BLOCK_K]``.
+        var_ptr: Result: codes of variances, int8 ``[B, H, R, D]``; not written if G is 1.
+        var_scale_ptr: Result: scales of variances, float32 ``[B, H, R * G / BLOCK_K]``; not written if G is 1.
+        nonfinite_ptr: Result: bits of blocks that are not finite, int32 ``[B, H, ceil(nk / 32)]``, zeros before.
+        heads: H.
+        sub_rows: R: sub-blocks, padded.
+        words: ``ceil(nk / 32)``.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        BLOCK_K: Keys a block.
+        G: Keys a sub-block.
+        BLOCKS: Key blocks a program.
+        TOP: Largest code of a mean: 7 or 127.
+        VAR_TOP: Largest code of a variance: 15 or 127.
+        STAGES: Stages of the rotation: log2 of the channels that it mixes; not used unless G is 1.
+    """
     SUBS: tl.constexpr = BLOCK_K // G
     ROWS: tl.constexpr = BLOCKS * SUBS
     bh = tl.program_id(1).to(tl.int64)

@@ -21,7 +21,23 @@ def _accumulate(
     peak, total, query, key_ptr, stride_s, stride_d, at, stop, shift, scale, allowed, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Fold the base-2 logits of one tile of keys into the running maximum `peak` and sum `total`, both [BLOCK_R]."""
+    """Fold the base-2 logits of one tile of keys into the running maximum `peak` and sum `total`, and return both.
+
+    Args:
+        peak: Largest logit so far, float32 ``[BLOCK_R]``.
+        total: Sum of exponentials so far, relative to `peak`, float32 ``[BLOCK_R]``.
+        query: Rows ``[BLOCK_R, BLOCK_D]``, the keys' dtype.
+        key_ptr: Keys of the KV head ``[Skv, D]``.
+        stride_s: From key to key.
+        stride_d: From channel to channel.
+        at: Keys of the tile, int32 ``[BLOCK_N]``.
+        stop: One past the last key to read.
+        shift: Rows times the smoothing mean, float32 ``[BLOCK_R]``.
+        scale: Softmax scale times log2(e).
+        allowed: Which keys count for each row, int1 ``[BLOCK_R, BLOCK_N]``.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+    """
     offsets_d = tl.arange(0, BLOCK_D)
     mask = (offsets_d < D)[:, None] & (at < stop)[None, :]
     pointers = key_ptr + at.to(tl.int64)[None, :] * stride_s + offsets_d[:, None] * stride_d
@@ -45,7 +61,46 @@ def _pool_queries_kernel(
     P: tl.constexpr, SAMPLE: tl.constexpr, TOP: tl.constexpr, SQUARES: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R / TOGETHER pooled rows of TOGETHER heads that share keys, from pooled row `first_row` of the call on."""
+    """BLOCK_R / TOGETHER pooled rows of TOGETHER heads that share keys, from pooled row `first_row` of the call on.
+
+    Args:
+        query_ptr: Queries ``[B, Hq, Sq, D]``.
+        stride_qb: Queries: from batch row to batch row.
+        stride_qh: Queries: from head to head.
+        stride_qs: Queries: from row to row.
+        stride_qd: Queries: from channel to channel.
+        key_ptr: Keys ``[B, Hkv, Skv, D]``, the queries' dtype.
+        stride_kb: Keys: from batch row to batch row.
+        stride_kh: Keys: from head to head.
+        stride_ks: Keys: from key to key.
+        stride_kd: Keys: from channel to channel.
+        mean_ptr: Smoothing mean, float32 ``[B, Hkv, D]``.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        codes_ptr: Result: codes of pooled rows, int8 ``[B, Hq, R, D]``.
+        squares_ptr: Result: codes of `squared_codes`, int8 ``[B, Hq, R, D]``; not written unless SQUARES.
+        scale_ptr: Result: scales of the codes, float32 ``[B, Hq, R]``; NaN for a row that is not finite.
+        reference_ptr: Result: log2 of the sums over the exact part, float32 ``[B, Hq, R]``; +inf for padding.
+        logit_scale: Softmax scale times log2(e).
+        q_len: Sq.
+        first_row: Pooled row of the call that is row 0 of the results.
+        padded_rows: R: pooled rows of this launch, padded.
+        sink_tokens: First valid keys whose blocks are no candidates.
+        local_tokens: Keys up to a row's position whose blocks are no candidates.
+        HEADS: Hq.
+        KV_HEADS: Hkv.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        P: Query rows a pooled row.
+        SAMPLE: Whether the last real row of a pool stands for it, instead of the mean.
+        TOP: Largest code: 7 or 127.
+        SQUARES: Whether squares of codes are wanted; codes are then not rotated.
+        STAGES: Stages of the rotation: log2 of the channels that it mixes; not used if SQUARES.
+        BLOCK_Q: Query rows a block.
+        BLOCK_K: Keys a block.
+        BLOCK_R: Rows a program.
+        BLOCK_N: Keys a step.
+        TOGETHER: Heads a program.
+    """
     ROWS: tl.constexpr = BLOCK_R // TOGETHER
     first_head = tl.program_id(1).to(tl.int64) * TOGETHER
     batch = first_head // HEADS
@@ -151,8 +206,8 @@ def pool_queries(
         pool: Query rows a pooled row, a divisor of `block_q`.
         sample: Take the last real row of each pool instead of the mean.
         bits: 4 or 8.
-        sink_tokens: Blocks with one of so many first valid keys are no candidates.
-        local_tokens: Nor are blocks with one of so many keys up to a row's position.
+        sink_tokens: First valid keys whose blocks are no candidates.
+        local_tokens: Keys up to a row's position whose blocks are no candidates.
         first_block: First query block.
         blocks: How many query blocks.
         row_multiple: The results have rows up to a multiple of this, at least 64, a power of two.

@@ -25,7 +25,25 @@ def _quantize_rows_kernel(
     heads, rows, padded_rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scale of BLOCK_S rows of one head."""
+    """Codes and scale of BLOCK_S rows of one head.
+
+    Args:
+        x_ptr: Rows ``[B, H, S, D]``.
+        stride_b: From batch row to batch row.
+        stride_h: From head to head.
+        stride_s: From row to row.
+        stride_d: From channel to channel.
+        codes_ptr: Result: codes, int8 ``[B, H, R, D]``, packed uint8 ``[B, H, R, D / 2]``.
+        scale_ptr: Result: scales, float32 ``[B, H, S]``; NaN for a row that is not finite.
+        heads: H.
+        rows: S.
+        padded_rows: R: rows, padded.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        BLOCK_S: Rows a program.
+        TOP: Largest code: 7 or 127.
+        PACKED: Whether two 4-bit codes share a byte.
+    """
     offsets_s = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
     bh = tl.program_id(1).to(tl.int64)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -48,7 +66,28 @@ def _quantize_groups_kernel(
     heads, padded_rows, groups,
     D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Codes and the one scale of a group of GROUP smoothed keys of one head."""
+    """Codes and the one scale of a group of GROUP smoothed keys of one head.
+
+    Args:
+        key_ptr: Keys ``[B, H, S, D]``.
+        stride_b: From batch row to batch row.
+        stride_h: From head to head.
+        stride_s: From key to key.
+        stride_d: From channel to channel.
+        mean_ptr: Smoothing mean, float32 ``[B, H, D]``.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        codes_ptr: Result: codes, int8 ``[B, H, R, D]``, packed uint8 ``[B, H, R, D / 2]``, zeros before; rows of keys
+            that are not valid are not written.
+        scale_ptr: Result: scales, float32 ``[B, H, groups]``; NaN for a group that is not finite.
+        heads: H.
+        padded_rows: R: keys, padded.
+        groups: ``R / GROUP``.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        GROUP: Keys a scale, counted from the first valid one.
+        TOP: Largest code: 7 or 127.
+        PACKED: Whether two 4-bit codes share a byte.
+    """
     group = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     batch = bh // heads

@@ -19,7 +19,23 @@ def _accumulate(
     peak, total, query, key_ptr, stride_s, stride_d, offsets_n, stop, shift, scale, allowed,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Fold the logits of one tile of keys into the running maximum `peak` and sum `total`, both [BLOCK_M]."""
+    """Fold the logits of one tile of keys into the running maximum `peak` and sum `total`, and return both.
+
+    Args:
+        peak: Largest logit so far, float32 ``[BLOCK_M]``.
+        total: Sum of exponentials so far, relative to `peak`, float32 ``[BLOCK_M]``.
+        query: Rows ``[BLOCK_M, BLOCK_D]``, the keys' dtype.
+        key_ptr: Keys of the KV head ``[Skv, D]``.
+        stride_s: From key to key.
+        stride_d: From channel to channel.
+        offsets_n: Keys of the tile, int32 ``[BLOCK_N]``.
+        stop: One past the last key to read.
+        shift: Rows times the smoothing mean, float32 ``[BLOCK_M]``.
+        scale: Softmax scale.
+        allowed: Which keys count for each row, int1 ``[BLOCK_M, BLOCK_N]``.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+    """
     offsets_d = tl.arange(0, BLOCK_D)
     mask = (offsets_d < D)[:, None] & (offsets_n < stop)[None, :]
     pointers = key_ptr + offsets_n.to(tl.int64)[None, :] * stride_s + offsets_d[:, None] * stride_d
@@ -42,7 +58,36 @@ def _row_limits_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Limits of BLOCK_M rows of one head, in units of (code product x key scale)."""
+    """Limits of BLOCK_M rows of one head, in units of (code product x key scale).
+
+    Args:
+        query_ptr: Queries ``[B, Hq, Sq, D]``.
+        stride_qb: Queries: from batch row to batch row.
+        stride_qh: Queries: from head to head.
+        stride_qs: Queries: from row to row.
+        stride_qd: Queries: from channel to channel.
+        key_ptr: Keys ``[B, Hkv, Skv, D]``, the queries' dtype.
+        stride_kb: Keys: from batch row to batch row.
+        stride_kh: Keys: from head to head.
+        stride_ks: Keys: from key to key.
+        stride_kd: Keys: from channel to channel.
+        mean_ptr: Smoothing mean, float32 ``[B, Hkv, D]``.
+        query_scale_ptr: Scales of the queries' codes, float32 ``[B, Hq, Sq]``.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        threshold_ptr: Relative attention score, float32 ``[Hq]``.
+        limit_ptr: Result, float32 ``[B, Hq, R]``; +inf for rows that are padding.
+        scale: Softmax scale.
+        q_len: Sq.
+        padded_rows: R: query rows, padded.
+        sink_tokens: First valid keys in the statistics.
+        local_tokens: Last keys up to a row's position in the statistics.
+        HEADS: Hq.
+        KV_HEADS: Hkv.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        BLOCK_M: Query rows a program.
+        BLOCK_N: Keys a step.
+    """
     bh = tl.program_id(1).to(tl.int64)
     batch = bh // HEADS
     head = bh % HEADS

@@ -24,6 +24,11 @@ def _block_max(product, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr):
 
     The accumulator of a matrix instruction spreads 8 neighbouring columns over 4 threads, 2 each. Keeping those 4 apart
     leaves a maximum inside one thread, and one reduction over all of its columns lets the compiler take three at once.
+
+    Args:
+        product: Products of codes, int32 ``[BLOCK_M, BLOCKS * BLOCK_K]``.
+        BLOCKS: Key blocks.
+        BLOCK_K: Keys a block.
     """
     rows: tl.constexpr = product.shape[0]
     tiles = tl.reshape(product, [rows, BLOCKS, BLOCK_K // 8, 4, 2])
@@ -33,9 +38,17 @@ def _block_max(product, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _reaches(product, scale_ptr, group, limit, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Whether a block's largest product, times the key scale of `group` [BLOCKS], reaches the row's limit.
+    """Whether a block's largest product, times its key scale, reaches the row's limit: int1 ``[BLOCK_M, BLOCKS, 4]``.
 
-    Negated, so that a NaN on either side hits. Groups before the first are no keys: they never hit.
+    Negated, so that a NaN on either side hits. Groups before the first hold no keys: their bits mean nothing.
+
+    Args:
+        product: Products of codes, int32 ``[BLOCK_M, BLOCKS * BLOCK_K]``.
+        scale_ptr: Scales of the KV head's groups of keys, float32 ``[R' / BLOCK_K]``.
+        group: Group of each block, int32 ``[BLOCKS]``.
+        limit: Limits of the rows, float32 ``[BLOCK_M]``.
+        BLOCKS: Key blocks.
+        BLOCK_K: Keys a block.
     """
     scale = tl.load(scale_ptr + tl.maximum(group, 0))
     best = _block_max(product, BLOCKS, BLOCK_K).to(tl.float32)
@@ -50,7 +63,32 @@ def _scan_max_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FROM_ZERO: tl.constexpr,
 ):  # fmt: skip
-    """Hit bits of BLOCK_M / BLOCK_Q query blocks of one head."""
+    """Hit bits of BLOCK_M / BLOCK_Q query blocks of one head.
+
+    Args:
+        query_codes_ptr: Codes of the queries, int8 ``[B, Hq, R, D]``.
+        limit_ptr: What a product times its key scale must reach, float32 ``[B, Hq, R]``.
+        key_codes_ptr: Codes of the smoothed keys, int8 ``[B, Hkv, R', D]``.
+        key_scale_ptr: Scales of the keys' codes, float32 ``[B, Hkv, R' / BLOCK_K]``: a group's, counted from the first
+            valid key.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        hits_ptr: Result: bits, int32 ``[B, Hq, nq, ceil(nk / 32)]``, zeros before.
+        q_len: Sq.
+        query_rows: R: query rows, padded.
+        key_rows: R': keys, padded.
+        query_blocks: nq.
+        words: ``ceil(nk / 32)``.
+        local_tokens: Keys up to a row's position whose blocks are not scanned.
+        HEADS: Hq.
+        KV_HEADS: Hkv.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        BLOCK_Q: Query rows a block.
+        BLOCK_K: Keys a block.
+        BLOCK_M: Query rows a program.
+        BLOCK_N: Keys a step.
+        FROM_ZERO: Whether every batch row's first valid key is key 0.
+    """
     BLOCKS: tl.constexpr = BLOCK_N // BLOCK_K  # key blocks a step
     STEPS: tl.constexpr = 32 // BLOCKS  # steps a word
     tile = tl.num_programs(0) - 1 - tl.program_id(0)

@@ -2,7 +2,7 @@
 """Which key a query row of a programmed call sees: positions, the mask_mod and the caller's own block mask.
 
 Jit helpers that the kernels of programmed calls share. A mask_mod comes as a jit function, known when a kernel is
-built, and a tuple of what it reads; None stands for none.
+built, and a tuple of what it reads, or as None.
 """
 
 import triton
@@ -20,16 +20,17 @@ def allowed(
     Args:
         b: Batch row.
         h: Query head.
-        q: int32 ``[M, 1]``: query rows.
-        kv: int32 ``[1, N]``: keys, none before `first_key`.
-        first_key: A multiple of SPAN.
-        listed_ptr: Words of the caller's block mask, of the batch row and head.
-        words: Words a row of its blocks.
+        q: Query rows, int32 ``[M, 1]``.
+        kv: Keys, int32 ``[1, N]``.
+        first_key: A multiple of SPAN, not above any key.
+        listed_ptr: Words of the caller's block mask of the batch row and head, int32 ``[nq', words]``; not read if
+            LISTED_Q is 0.
+        words: Words a row of blocks of the caller's block mask.
         AUX: What the mask_mod reads.
         MASK: The mask_mod, or None.
-        LISTED_Q: Query rows a block of the block mask; 0 without one.
-        LISTED_K: Keys a block of it.
-        SPAN: Keys are fewer than this after `first_key`.
+        LISTED_Q: Query rows a block of the caller's block mask; 0 without one.
+        LISTED_K: Keys a block of the caller's block mask.
+        SPAN: All keys are fewer than this many after `first_key`.
     """
     result = (q == q) & (kv == kv)
     if MASK is not None:
@@ -47,10 +48,28 @@ def seen(
     b, h, q, kv, first_key, offset, start, end, q_len, kv_len, listed_ptr, words, AUX,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Which key each row sees, int1 ``[M, N]``; rows and keys outside the tensors see and are seen by none.
+    """Which key each row sees, int1 ``[M, N]``; rows and keys outside the tensors count as not seen.
 
-    Rows stand at `offset` and behind, valid keys at `start` to `end`, and CAUSAL rows see no key behind their position.
-    The other arguments are those of `allowed`.
+    Args:
+        b: Batch row.
+        h: Query head.
+        q: Query rows, int32 ``[M, 1]``; may lie outside the tensor.
+        kv: Keys, int32 ``[1, N]``; may lie behind the tensor's last.
+        first_key: A multiple of SPAN, not above any key.
+        offset: Key position of query row 0.
+        start: First valid key.
+        end: One past the last valid key.
+        q_len: Sq.
+        kv_len: Skv.
+        listed_ptr: Words of the caller's block mask of the batch row and head, int32 ``[nq', words]``; not read if
+            LISTED_Q is 0.
+        words: Words a row of blocks of the caller's block mask.
+        AUX: What the mask_mod reads.
+        CAUSAL: Whether a row sees keys up to its position only.
+        MASK: The mask_mod, or None.
+        LISTED_Q: Query rows a block of the caller's block mask; 0 without one.
+        LISTED_K: Keys a block of the caller's block mask.
+        SPAN: All keys are fewer than this many after `first_key`.
     """
     at = q + offset
     real = (at >= start) & (at < end) & (q >= 0) & (q < q_len)
@@ -67,7 +86,17 @@ def seen(
 
 @triton.jit
 def at_head(listed_ptr, b, h, stride_b, stride_h, LISTED_Q: tl.constexpr):
-    """Pointer to the words of one batch row and head of the caller's block mask."""
+    """Pointer to the words of one batch row and head of the caller's block mask.
+
+    Args:
+        listed_ptr: The caller's block mask as bits, int32 ``[1 or B, 1 or Hs, nq', ceil(nk' / 32)]``; not read if
+            LISTED_Q is 0.
+        b: Batch row.
+        h: Query head.
+        stride_b: Words from batch row to batch row; 0 if all share them.
+        stride_h: Words from head to head; 0 if all share them.
+        LISTED_Q: Query rows a block of the caller's block mask; 0 without one.
+    """
     if LISTED_Q > 0:
         listed_ptr += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
     return listed_ptr

@@ -29,12 +29,22 @@ LIST_WORDS = 64
 
 @triton.jit
 def _and(a, b):
+    """Bits that are set in both, for reductions.
+
+    Args:
+        a: int32 of any shape.
+        b: int32 of the same shape.
+    """
     return a & b
 
 
 @triton.jit
 def _highest_bit(x):
-    """Index of the highest set bit of an int32 that is not 0: the exponent of a float that can not round up to more."""
+    """Index of the highest set bit of an int32 that is not 0: the exponent of a float that can not round up to more.
+
+    Args:
+        x: int32 of any shape.
+    """
     x = x.to(tl.uint32, bitcast=True)
     return ((x ^ (x & (x >> 1))).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
@@ -46,7 +56,35 @@ def _structure_kernel(
     CAUSAL: tl.constexpr, MASK: tl.constexpr, RANGE: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """WORDS words of one query block of one head, and what they say of its rows' first and last key."""
+    """WORDS words of one query block of one head, and what they say of its rows' first and last key.
+
+    Args:
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        listed_ptr: The caller's block mask as bits, int32 ``[1 or B, 1 or Hs, nq', ceil(nk' / 32)]``; not read if
+            LISTED_Q is 0.
+        listed_b: Words of the caller's block mask from batch row to batch row; 0 if all share it.
+        listed_h: Words of the caller's block mask from head to head; 0 if all share it.
+        listed_words: Words a row of blocks of the caller's block mask.
+        mask_aux: What the mask_mod reads.
+        range_aux: What RANGE reads.
+        visible_ptr: Result: bits of visible blocks, int32 ``[B, Hs, nq, ceil(nk / 32)]``, zeros before.
+        full_ptr: Result: bits of full blocks, int32 ``[B, Hs, nq, ceil(nk / 32)]``, zeros before.
+        rows_ptr: Result: first and last key that each row sees, int32 ``[B, Hs, 2, nq * BLOCK_Q]``, 2**30 and -1
+            before.
+        q_len: Sq.
+        kv_len: Skv.
+        query_blocks: nq.
+        words: ``ceil(nk / 32)``.
+        heads: Hs.
+        CAUSAL: Whether a row sees keys up to its position only.
+        MASK: The mask_mod, or None.
+        RANGE: Function that gives the first and the last key that rows of a query block may see, or None.
+        LISTED_Q: Query rows a block of the caller's block mask; 0 without one.
+        LISTED_K: Keys a block of the caller's block mask.
+        BLOCK_Q: Query rows a block.
+        BLOCK_K: Keys a block.
+        WORDS: Words a program.
+    """
     query_block = tl.program_id(0) % query_blocks
     first_word = tl.program_id(0) // query_blocks * WORDS
     bh = tl.program_id(1)
@@ -127,14 +165,25 @@ def _structure_kernel(
 
 @triton.jit
 def _bits_below(count):
-    """Words whose lowest `count` bits are set; a count below 0 is 0, above 32 is 32."""
+    """Words whose lowest `count` bits are set; a count below 0 is 0, above 32 is 32.
+
+    Args:
+        count: int32 of any shape.
+    """
     one = count * 0 + 1
     return tl.where(count >= 32, -1, (one << tl.minimum(tl.maximum(count, 0), 31)) - 1)
 
 
 @triton.jit
 def _span(low, high, block, BLOCK_K: tl.constexpr):
-    """Blocks that intervals of keys meet, empty where they cross, as words whose first block is `block`."""
+    """Blocks that intervals of keys meet, as words, int32 ``[N, W]``. An interval whose ends cross is empty.
+
+    Args:
+        low: First keys, int32 ``[N, 1]``.
+        high: Last keys, int32 ``[N, 1]``.
+        block: First block of each word, int32 ``[1, W]``.
+        BLOCK_K: Keys a block.
+    """
     some = (low <= high) & (high >= 0)
     low = tl.where(some, tl.maximum(low, 0) // BLOCK_K, 0)
     high = tl.where(some, high // BLOCK_K + 1, 0)
@@ -143,7 +192,11 @@ def _span(low, high, block, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _bit_count(x):
-    """How many bits of an int32 are set."""
+    """How many bits of an int32 are set.
+
+    Args:
+        x: int32 of any shape.
+    """
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -157,7 +210,29 @@ def _lists_kernel(
     query_blocks, key_blocks, words, heads, sink_tokens, local_tokens, min_length,
     CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Words, counts and lists of one query block of one head, WORDS words at a time."""
+    """Words, counts and lists of one query block of one head, WORDS words at a time.
+
+    Args:
+        visible_ptr: Bits of visible blocks, int32 ``[B, Hs, nq, ceil(nk / 32)]``.
+        full_ptr: Bits of full blocks, int32 ``[B, Hs, nq, ceil(nk / 32)]``.
+        rows_ptr: First and last key that each row sees, int32 ``[B, Hs, 2, nq * BLOCK_Q]``: 2**30 and -1 if it sees
+            none.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        always_ptr: Result: bits of always-kept blocks, int32 ``[B, Hs, nq, ceil(nk / 32)]``.
+        counts_ptr: Result: how many blocks are always kept, partial and whole candidates, int32 ``[B, Hs, nq, 3]``.
+        lists_ptr: Result: blocks, int32 ``[B, Hs, nq, nk]``: always kept, partial, whole; what follows is not written.
+        query_blocks: nq.
+        key_blocks: nk.
+        words: ``ceil(nk / 32)``.
+        heads: Hs.
+        sink_tokens: Keys from a row's first one on whose blocks are always kept.
+        local_tokens: Keys up to a row's position (without CAUSAL, also from it on) whose blocks are always kept.
+        min_length: Rows whose last key lies fewer than this many tokens after the first one keep all that lies between.
+        CAUSAL: Whether local keys end at the row's position.
+        BLOCK_Q: Query rows a block.
+        BLOCK_K: Keys a block.
+        WORDS: Words looked at together.
+    """
     line = tl.program_id(0).to(tl.int64)  # (batch * heads + head) * query_blocks + query block
     query_block = (line % query_blocks).to(tl.int32)
     bh = line // query_blocks
@@ -260,8 +335,8 @@ def block_structure(
         key_range: A function of the first and the last row of a query block, in the same form, that gives the first and
             the last key that one of them may see, or None. A promise: other keys are not looked at.
         listed: The caller's block mask as bits, int32 ``[1 or B, 1 or Hs, nq', ceil(nk' / 32)]``, or None.
-        listed_q: Query rows a block of it.
-        listed_k: Keys a block of it.
+        listed_q: Query rows a block of the caller's block mask.
+        listed_k: Keys a block of the caller's block mask.
         heads: Hs: 1 if all heads see the same, or Hq.
         q_len: Sq.
         kv_len: Skv.
@@ -310,8 +385,8 @@ def block_lists(
 
     Args:
         visible: Bits of visible blocks, from `block_structure`.
-        full: Bits of full blocks, from there.
-        rows: First and last keys of rows, from there.
+        full: Bits of full blocks, from `block_structure`.
+        rows: First and last keys of rows, from `block_structure`.
         bounds: int32 ``[B, 3]``.
         causal: Whether local keys end at the row.
         q_len: Sq.

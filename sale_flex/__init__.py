@@ -2,30 +2,42 @@
 """SALE sparse attention for PyTorch: a 4-bit estimate chooses blocks, FlexAttention attends to them."""
 
 from sale_flex import mods as mods
-from sale_flex.attention import LseResult, LseStatsResult, SaleResult, sale_attention
-from sale_flex.block_mask import create_sale_block_mask
+from sale_flex.attention import AuxOutput, AuxRequest, sale_attention
+from sale_flex.block_mask import MaskResult, create_sale_block_mask
 from sale_flex.calibration import Calibration, calibrate
+from sale_flex.call import Call
 from sale_flex.config import SaleConfig
 from sale_flex.flex import flex_kernel_options
 from sale_flex.key_codes import KeyCodes
+from sale_flex.mask_spec import Structure
 from sale_flex.packing import pack_int4, unpack_int4
-from sale_flex.stats import SaleStats
+from sale_flex.rules import Mass, Relative, Rule, Selection, register_rule
+from sale_flex.stats import Audit, Path, SaleStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
+    "AuxOutput",
+    "AuxRequest",
     "Calibration",
+    "Call",
     "KeyCodes",
-    "LseResult",
-    "LseStatsResult",
+    "MaskResult",
+    "Mass",
+    "Path",
+    "Relative",
+    "Rule",
     "SaleConfig",
-    "SaleResult",
     "SaleStats",
+    "Selection",
+    "Structure",
     "__version__",
     "calibrate",
     "create_sale_block_mask",
     "flex_kernel_options",
     "pack_int4",
+    "register_rule",
     "sale_attention",
     "unpack_int4",
 ]

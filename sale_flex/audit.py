@@ -10,57 +10,44 @@ import torch
 from torch import Tensor
 
 from sale_flex import listed_ops
-from sale_flex.config import SaleConfig
-from sale_flex.sight import Mod, Sight
+from sale_flex.call import Call
+from sale_flex.mask_spec import Mod, Structure, causal_spec
 from sale_flex.stats import Audit
 
 WANTED = 0.05
 """Share of a row's softmax from which on a block is wanted."""
 
 
-def audit(
-    query: Tensor,
-    key: Tensor,
-    hits: Tensor,
-    nonfinite: Tensor | None,
-    always: Tensor | None,
-    rows: Tensor | None,
-    sight: Sight,
-    score: Mod,
-    scale: float,
-    config: SaleConfig,
-    min_length: int,
-) -> tuple[Tensor, Audit]:
+def audit(call: Call, hits: Tensor, nonfinite: Tensor | None, structure: Structure | None) -> tuple[Tensor, Audit]:
     """What a choice missed, and the choice: with ``on_miss="dense"``, all blocks of heads that missed too much.
 
     Args:
-        query: ``[B, Hq, Sq, D]``.
-        key: ``[B, Hkv, Skv, D]``.
+        call: The call.
         hits: int32 ``[B, Hq, nq, ceil(nk / 32)]``: bits of the chosen blocks.
         nonfinite: int32 ``[B, Hkv, ceil(nk / 32)]``: bits of blocks that are kept for their values, or None.
-        always: Bits of always-kept blocks, see `sale_flex.sight.Lists`; None: those of plain causal attention.
-        rows: First and last key of every row, see `sale_flex.sight.Structure`; None with `always`.
-        sight: Who sees whom.
-        score: The score_mod.
-        scale: Softmax scale.
-        config: Blocks, sink, local window, and what a miss has for a consequence.
-        min_length: Rows fewer than this many keys after their first one are early, in tokens.
+        structure: What the call's mods make of the blocks; None in plain causal attention.
     """
+    config = call.config
+    always = rows = None
+    spec, score = causal_spec(call.bounds), Mod()
+    if call.masked is not None and structure is not None and structure.candidates is not None:
+        always, rows = structure.candidates.always, structure.visibility.row_kv_bounds
+        spec, score = call.masked.spec, call.masked.score
     of_rows = listed_ops.audit_rows(
-        query,
-        key,
+        call.query,
+        call.key,
         hits,
         nonfinite,
         always,
         rows,
-        *sight,
+        *spec,
         *score,
-        scale,
+        call.scale,
         WANTED,
         *config.block_size,
         config.sink_tokens,
         config.local_tokens,
-        min_length,
+        call.dense_prefix,
     )
     asked, wanted, missed = of_rows.unbind(-1)  # each [B, Hq, R]
     result = Audit(

@@ -12,7 +12,7 @@ def query_bounds(query: Tensor, key: Tensor, kv_range: Tensor | None, q_offset: 
         query: ``[B, Hq, Sq, D]``.
         key: ``[B, Hkv, Skv, D]``.
         kv_range: int ``[B, 2]`` (first and one-past-last valid key), or None for all keys.
-        q_offset: 0-d int tensor, the key index of the first query, or None to take `offset`.
+        q_offset: int tensor, 0-d or ``[B]``, the key index of the first query, or None to take `offset`.
         offset: The same as an int.
 
     Returns:
@@ -29,7 +29,7 @@ def query_bounds(query: Tensor, key: Tensor, kv_range: Tensor | None, q_offset: 
     else:
         bounds[:, 0] = q_offset
         _check(
-            (q_offset >= 0) & (q_offset + q_len <= kv_len),
+            ((q_offset >= 0) & (q_offset + q_len <= kv_len)).all(),
             "q_offset must place all queries at keys, 0 <= q_offset and q_offset + query.shape[2] <= key.shape[2] = "
             f"{kv_len}",
             q_offset,

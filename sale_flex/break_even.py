@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sale_flex.config import SaleConfig
-
 KEPT_KEYS = 3600
 """Expected density times length: the fast estimate on a trained model keeps 0.44 of 8K and 0.11 of 32K tokens at 0.01.
 
@@ -47,14 +45,12 @@ LEAST, MOST = 8192, 65536
 """Tokens that `break_even_length` answers at least and at most on a GPU."""
 
 
-def early_rows(query: Tensor, config: SaleConfig) -> int:
-    """`config.min_length`, or the break-even position of the query's device."""
-    if config.min_length is not None:
-        return config.min_length
-    return break_even_length(query.device, query.shape[3])
+def dense_prefix(query: Tensor, min_length: int | None) -> int:
+    """`SaleConfig.min_length`, or for None the break-even position of the query's device."""
+    return break_even_length(query.device, query.shape[3]) if min_length is None else min_length
 
 
-def rows_of_early_blocks(min_length: int, block_q: int, q_len: int) -> int:
+def rows_of_dense_blocks(min_length: int, block_q: int, q_len: int) -> int:
     """How many rows the whole query blocks hold that `min_length` makes dense, of a call from key 0 on; 0 if all."""
     rows = -(-min_length // block_q) * block_q
     return rows if rows < q_len else 0

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from sale_flex import listed_ops
-from sale_flex.sight import Mod, Sight
-from sale_flex.user_mods import UserMods, see_mods
+from sale_flex.call import Call
+from sale_flex.mask_spec import Mod, causal_spec
+from sale_flex.user_mods import read_mods
 
 
 def check_sinks(sink_logits: Tensor, query: Tensor) -> None:
@@ -34,22 +35,20 @@ def with_sinks(output: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
     return output * share[..., None].to(output.dtype)
 
 
-def attend_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kept: Tensor,
-    mods: UserMods,
-    bounds: Tensor,
-    block_size: tuple[int, int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of attention on kept blocks, in plain torch on a CPU, a range of rows at a time."""
-    if mods.plain:
-        sight, score = Sight(bounds, True, "", (), None, 1, 1), Mod()
-    else:
+def attend_rows(call: Call, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of attention on kept blocks, in plain torch on a CPU, a range of rows at a time.
+
+    Args:
+        call: The call.
+        value: ``[B, Hkv, Skv, D]``.
+        kept: int32 ``[B, Hq, nq, ceil(nk / 32)]``: bits of the blocks.
+    """
+    query, key, mods = call.query, call.key, call.mods
+    spec, score = causal_spec(call.bounds), Mod()
+    if call.masked is not None:
         # Attention always applies the mods, whatever the estimate does.
-        seen = see_mods(mods._replace(estimate="apply"), query, key, bounds, " with a log-sum-exp on a CPU")
-        sight, score = seen.sight, seen.score
-    output, lse = listed_ops.listed_rows(query, key, value, kept, *sight, *score, scale, *block_size)
+        every = mods._replace(estimate="apply")
+        seen = read_mods(every, query, key, call.bounds, " with a log-sum-exp on a CPU")
+        spec, score = seen.spec, seen.score
+    output, lse = listed_ops.listed_rows(query, key, value, kept, *spec, *score, call.scale, *call.config.block_size)
     return output, lse

@@ -1,15 +1,37 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a call did: how many blocks each head kept of those it could see, and which path ran."""
 
+from enum import Enum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sale_flex.bits import count_bits
 from sale_flex.geometry import Grid, visible_count
 
-_ON_OTHERS = " on the others"
-"""How the path ends of a call that was dense on its first rows alone."""
+
+class Path(Enum):
+    """What computed attention."""
+
+    FLEX = "flex_attention"
+    """Compiled flex_attention on the chosen blocks."""
+    TORCH_ROWS = "torch, row by row"
+    """Plain torch on the chosen blocks: where a log-sum-exp is wanted on a CPU."""
+    DENSE_SDPA = "dense scaled_dot_product_attention"
+    """Nothing was chosen; `SaleStats.reason` says why, and so for the next two."""
+    DENSE_FLEX = "dense flex_attention"
+    DENSE_TORCH_ROWS = "dense torch, row by row"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing was chosen."""
+        return self in (Path.DENSE_SDPA, Path.DENSE_FLEX, Path.DENSE_TORCH_ROWS)
+
+    @property
+    def by_rows(self) -> "Path":
+        """The same, computed in torch."""
+        return Path.DENSE_TORCH_ROWS if self.is_dense else Path.TORCH_ROWS
 
 
 class Audit(NamedTuple):
@@ -56,14 +78,17 @@ class SaleStats(NamedTuple):
     """int64 ``[B, Hq]``: blocks that attention computes."""
     visible_blocks: Tensor
     """int64 ``[B, Hq]``: blocks in which some query sees some key, what dense attention computes."""
-    path: str
-    """What ran: ``"triton scan + flex"``, ``"torch scan + flex"``, with mods ``"... scan under mods + flex"``,
-    ``"dense sdpa: ..."`` or ``"dense flex: ..."`` with the reason, or both,
-    ``"dense sdpa on the first N rows, ... on the others"``."""
     dropped_blocks: Tensor
     """int64 ``[B, Hq]``: blocks that passed the threshold and found no room in their query block's index list."""
     audit: Audit
     """What was missed, by rows that were asked exactly; nothing with ``on_miss="ignore"`` and in dense calls."""
+
+    path: Path
+    """What computed attention."""
+    reason: str = ""
+    """Why it ran dense, or otherwise than the config says; for people."""
+    dense_rows: int = 0
+    """First query rows that were computed densely, by scaled_dot_product_attention, beside a sparse rest."""
 
     @property
     def density(self) -> Tensor:
@@ -74,34 +99,54 @@ class SaleStats(NamedTuple):
     @property
     def ran_dense(self) -> bool:
         """Whether no row was sparse."""
-        return self.path.startswith("dense") and not self.path.endswith(_ON_OTHERS)
+        return self.path.is_dense
+
+    def describe(self) -> str:
+        """What ran and why, in a phrase."""
+        text = self.path.value
+        if self.dense_rows:
+            text += f" after {self.dense_rows} dense rows"
+        return f"{text}: {self.reason}" if self.reason else text
 
 
-def mask_stats(
-    partial_num: Tensor,
-    full_num: Tensor,
+def plain_stats(
+    kept: Tensor,
     dropped: Tensor | None,
+    audit: Audit | None,
     bounds: Tensor,
     grid: Grid,
-    path: str,
-    audit: Audit | None,
+    path: Path,
+    reason: str,
+    dense_rows: int,
 ) -> SaleStats:
-    """Counts of a block mask from its list lengths and what found no room in them, int32 ``[B, Hq, nq]`` all three."""
-    kept = (partial_num + full_num).sum(-1)
+    """Counts of a plain causal call.
+
+    Args:
+        kept: int64 ``[B, Hq]``: blocks in its lists.
+        dropped: int32 ``[B, Hq, nq]``: what found no room, or None.
+        audit: What was missed, or None.
+        bounds: int32 ``[B, 3]``.
+        grid: Lengths and blocks.
+        path: What ran.
+        reason: Why.
+        dense_rows: First rows, whole blocks, that are in no list and are computed densely.
+    """
     lost = torch.zeros_like(kept) if dropped is None else dropped.sum(-1)
     visible = visible_count(bounds, grid)[:, None].expand_as(kept)
-    return SaleStats(kept, visible, path, lost, no_audit(kept) if audit is None else audit)
+    if dense_rows:
+        kept = kept + visible_count(bounds, grid._replace(q_len=dense_rows))[:, None]
+    return SaleStats(kept, visible, lost, no_audit(kept) if audit is None else audit, path, reason, dense_rows)
 
 
-def dense_stats(bounds: Tensor, heads: int, grid: Grid, path: str) -> SaleStats:
-    """Counts of a call that ran dense."""
+def masked_stats(
+    kept: Tensor, lost: Tensor, audit: Audit | None, visible: Tensor, path: Path, reason: str
+) -> SaleStats:
+    """Counts of a call under mods: as of a plain one, `visible` being bits int32 ``[B, 1 | Hq, nq, words]``."""
+    seen = count_bits(visible).sum((-2, -1)).expand_as(kept)
+    return SaleStats(kept, seen, lost.sum(-1), no_audit(kept) if audit is None else audit, path, reason)
+
+
+def dense_stats(bounds: Tensor, heads: int, grid: Grid, reason: str) -> SaleStats:
+    """Counts of a call that ran scaled_dot_product_attention, for this reason."""
     visible = visible_count(bounds, grid)[:, None].expand(-1, heads)
-    return SaleStats(visible, visible, path, torch.zeros_like(visible), no_audit(visible))
-
-
-def with_dense_rows(stats: SaleStats, bounds: Tensor, early: Grid) -> SaleStats:
-    """Add the blocks of the grid's rows, which the mask left out and dense attention computes."""
-    return stats._replace(
-        kept_blocks=stats.kept_blocks + visible_count(bounds, early)[:, None],
-        path=f"dense sdpa on the first {early.q_len} rows, {stats.path}{_ON_OTHERS}",
-    )
+    return SaleStats(visible, visible, torch.zeros_like(visible), no_audit(visible), Path.DENSE_SDPA, reason)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sale_flex.config import SaleConfig
+from sale_flex.rules import rule_named
 
 Rule = Callable[[Any, str], Any]
 """From a value and its field's name to the value as it is used; raises `Broken`."""
@@ -189,34 +190,78 @@ def _within(field: str, name: str) -> str:
     return f"{field}.{name}" if field else name
 
 
-_WHOLE_NUMBERS = ("query_pool", "sub_block", "bits", "sink_tokens", "local_tokens", "smooth_tokens")
-_CONFIG: dict[str, Rule] = {
-    "metric": text,
-    "threshold": number("a float"),
-    "estimator": text,
+_FIELDS: dict[str, Rule] = {
+    "rule": anything,
+    "block_size": each(integer(1), count=2),
+    **dict.fromkeys(("sink_tokens", "local_tokens", "smooth_tokens"), integer(0)),
+    "min_length": optional(integer(0)),
     "on_miss": text,
     "miss_bound": number("a share"),
-    **dict.fromkeys(_WHOLE_NUMBERS, integer(0)),
-    **dict.fromkeys(("query_stride", "min_length", "max_blocks"), optional(integer(0))),
-    "block_size": each(integer(1), count=2),
 }
+"""Of `SaleConfig`."""
+
+
+def stored_config(config: SaleConfig, threshold: bool = False) -> dict[str, Any]:
+    """A config as JSON holds it: its rule's name and options, and the other fields.
+
+    Args:
+        config: The config; `min_length` is stored as it is, so resolve it first where another device may read it.
+        threshold: Whether the rule's threshold, a float, is stored too.
+    """
+    rule = {"name": config.rule.name} | ({"threshold": config.rule.threshold} if threshold else {})
+    rule |= config.rule.options()
+    common = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "rule"}
+    return json.loads(json.dumps({"rule": rule} | common))
 
 
 def sale_config(*, threshold: bool, partial: bool) -> Rule:
     """The fields of a `SaleConfig`, and no others, made one.
 
     Args:
-        threshold: Whether there is one.
+        threshold: Whether the rule has one.
         partial: Whether fields may be missing, which then are the defaults.
     """
-    names = [field.name for field in fields(SaleConfig) if threshold or field.name != "threshold"]
-    rules = record({name: _CONFIG[name] for name in names}, of="SaleConfig", partial=partial)
+    rules = record(
+        _FIELDS | {"rule": selection_rule(threshold=threshold, partial=partial)}, of="SaleConfig", partial=partial
+    )
 
     def checked(value: Any, field: str) -> SaleConfig:
-        found = rules(value, field)
-        try:
-            return SaleConfig(**found)
-        except ValueError as error:
-            raise Broken(_within(field, str(error).rstrip("."))) from None
+        return _made(SaleConfig, rules(value, field), field)
 
     return checked
+
+
+def selection_rule(*, threshold: bool, partial: bool) -> Rule:
+    """A selection rule's ``name``, without which it is the default one, and its options."""
+
+    def checked(value: Any, field: str) -> Any:
+        _mapping(value, field)
+        name = text(value.get("name", SaleConfig().rule.name), _within(field, "name"))
+        try:
+            kind = rule_named(name)
+        except ValueError as error:
+            raise Broken(_within(field, str(error).rstrip("."))) from None
+        options = {each.name: _option for each in fields(kind) if threshold or each.name != "threshold"}
+        found = record(options | {"name": text}, of=f"rule {name!r}", partial=partial)(value, field)
+        return _made(kind, {key: option for key, option in found.items() if key != "name"}, field)
+
+    return checked
+
+
+def _option(value: Any, field: str) -> Any:
+    """An option of a rule, whose own range the rule knows: a number, a string, a flag, null, or a list of such."""
+    if isinstance(value, list):
+        return tuple(_option(part, f"{field}[{n}]") for n, part in enumerate(value))
+    if isinstance(value, dict):
+        raise Broken(f"{field} must be a number, a string, true, false, null or a list, got {shown(value)}")
+    return _number_option(value, field) if isinstance(value, (int, float)) else value
+
+
+_number_option = plain("a number of at most 64 bits", lambda x: isinstance(x, float) or -(2**63) <= x < 2**63)
+
+
+def _made(kind: Callable[..., Any], found: Mapping[str, Any], field: str) -> Any:
+    try:
+        return kind(**found)
+    except (TypeError, ValueError) as error:
+        raise Broken(_within(field, str(error).rstrip("."))) from None

@@ -9,8 +9,9 @@ from torch.nn.attention.flex_attention import BlockMask, noop_mask
 from sale_flex import listed_ops
 from sale_flex.bridge import conjunction, describe, facts, require_supported
 from sale_flex.config import SaleConfig
+from sale_flex.mask_spec import MaskSpec, Mod
 from sale_flex.mods import MaskMod, ScoreMod
-from sale_flex.sight import Mod, Sight
+from sale_flex.mods.placed import placed_in_call
 
 ESTIMATE_MODS = ("apply", "ignore")
 
@@ -21,7 +22,7 @@ class UserMods(NamedTuple):
     score_mod: ScoreMod | None = None
     mask_mod: MaskMod | None = None
     block_mask: BlockMask | None = None
-    causal: bool = True
+    is_causal: bool = True
     estimate: str = "apply"
     """Whether the estimate sees the mods: ``"apply"`` or ``"ignore"``."""
 
@@ -29,7 +30,16 @@ class UserMods(NamedTuple):
     def plain(self) -> bool:
         """Whether this is causal attention and nothing else; then there is nothing to check either."""
         nothing = self.score_mod is None and self.mask_mod is None and self.block_mask is None
-        return nothing and self.causal is True and self.estimate in ESTIMATE_MODS
+        return nothing and self.is_causal is True and self.estimate in ESTIMATE_MODS
+
+    def placed(self, q_offset: Tensor) -> "UserMods":
+        """With the ready mods that follow the call at its positions, int32 ``[B]``. A block mask is of the call."""
+        score_mod, mask_mod = self.score_mod, self.mask_mod
+        if score_mod is not None:
+            score_mod = placed_in_call(score_mod, q_offset)
+        if mask_mod is not None:
+            mask_mod = placed_in_call(mask_mod, q_offset)
+        return self._replace(score_mod=score_mod, mask_mod=mask_mod)
 
     @property
     def masks(self) -> list[MaskMod]:
@@ -39,25 +49,19 @@ class UserMods(NamedTuple):
         return given if own is None or own is noop_mask else [*given, own]
 
 
-class SeenMods(NamedTuple):
+class MaskedBy(NamedTuple):
     """The mods as the estimate sees them."""
 
-    sight: Sight
+    spec: MaskSpec
     heads: int
     """Hs: 1 if all heads see the same, else Hq."""
     range: Mod
     """Of the mask_mod's ``key_range``."""
     score: Mod
-    rough: bool
+    needs_scan: bool
     """Whether the score_mod changes from key to key, so that a sub-block's middle key can not stand for the others."""
     ignored_mask: bool
     """Whether a mask_mod is left out: then no block is known to be full."""
-
-    def describe(self, config: SaleConfig) -> str:
-        """What the estimate does, for `SaleStats.path`."""
-        if self.rough and config.metric == "mass" and config.estimator == "moments":
-            return "scan under mods, of every key for this score_mod"
-        return "scan under mods"
 
 
 def check_mods(query: Tensor, key: Tensor, mods: UserMods, config: SaleConfig) -> None:
@@ -65,8 +69,8 @@ def check_mods(query: Tensor, key: Tensor, mods: UserMods, config: SaleConfig) -
     for name, mod in (("score_mod", mods.score_mod), ("mask_mod", mods.mask_mod)):
         if mod is not None and not callable(mod):
             raise TypeError(f"{name} must be a callable as flex_attention takes it, or None, got {type(mod).__name__}.")
-    if not isinstance(mods.causal, bool):
-        raise TypeError(f"causal must be True or False, got {mods.causal!r}.")
+    if not isinstance(mods.is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, got {mods.is_causal!r}.")
     if mods.estimate not in ESTIMATE_MODS:
         raise ValueError(f"estimate_mods must be one of {ESTIMATE_MODS}, got {mods.estimate!r}.")
     if mods.block_mask is not None:
@@ -113,7 +117,7 @@ def _check_block_sizes(theirs: tuple[int, int], ours: tuple[int, int]) -> None:
             )
 
 
-def see_mods(mods: UserMods, query: Tensor, key: Tensor, bounds: Tensor, use: str = "") -> SeenMods:
+def read_mods(mods: UserMods, query: Tensor, key: Tensor, bounds: Tensor, use: str = "") -> MaskedBy:
     """The mods as the estimate sees them.
 
     Args:
@@ -149,12 +153,12 @@ def see_mods(mods: UserMods, query: Tensor, key: Tensor, bounds: Tensor, use: st
             -(-key.shape[2] // listed_k),
         )
     by_head = (bool(mask.key) and facts(mask.key).uses_head) or (listed is not None and listed.shape[1] > 1)
-    return SeenMods(
-        sight=Sight(bounds, mods.causal, mask.key, mask.tensors, listed, listed_q, listed_k),
+    return MaskedBy(
+        spec=MaskSpec(bounds, mods.is_causal, mask.key, mask.tensors, listed, listed_q, listed_k),
         heads=query.shape[1] if by_head else 1,
         range=key_range,
         score=score,
-        rough=bool(score.key) and facts(score.key).rough,
+        needs_scan=bool(score.key) and facts(score.key).rough,
         ignored_mask=ignore and bool(mods.masks),
     )
 

@@ -33,7 +33,7 @@ def check_inputs(
         _check_tensors(query, key, value)
     if not isinstance(config, SaleConfig):
         raise TypeError(f"config must be a sale_flex.SaleConfig, got {type(config).__name__}.")
-    _check_threshold(config.threshold, query)
+    _check_threshold(config.rule.threshold, query)
     _check_positions(query, key, q_offset, kv_range)
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
@@ -109,13 +109,13 @@ def _check_threshold(threshold: float | Tensor, query: Tensor) -> None:
         return
     if threshold.shape[0] != query.shape[1]:
         raise ValueError(
-            f"config.threshold must be a float or have shape [{query.shape[1]}], one per query head, got "
+            f"config.rule.threshold must be a float or have shape [{query.shape[1]}], one per query head, got "
             f"{list(threshold.shape)}."
         )
     if threshold.device != query.device:
         raise ValueError(
-            f"config.threshold must be on the query's device {query.device}, got {threshold.device}; move it once, "
-            "when the config is made."
+            f"config.rule.threshold must be on the query's device {query.device}, got {threshold.device}; move it "
+            "once, when the rule is made."
         )
 
 
@@ -128,13 +128,19 @@ def _check_positions(query: Tensor, key: Tensor, q_offset: int | Tensor | None, 
                 "stands at the last key."
             )
     elif isinstance(q_offset, Tensor):
-        if q_offset.dim() != 0 or q_offset.is_floating_point() or q_offset.dtype == torch.bool:
+        shapes = ((), (query.shape[0],))
+        if tuple(q_offset.shape) not in shapes or q_offset.is_floating_point() or q_offset.dtype == torch.bool:
             raise ValueError(
-                f"q_offset must be an int or a 0-d integer tensor, got shape {list(q_offset.shape)} and dtype "
-                f"{q_offset.dtype}."
+                f"q_offset must be an int or an integer tensor of shape [] or [{query.shape[0]}], one per batch row, "
+                f"got shape {list(q_offset.shape)} and dtype {q_offset.dtype}."
+            )
+        if q_offset.dim() and q_offset.device != query.device:
+            raise ValueError(
+                f"q_offset must be on the query's device {query.device} if there is one per batch row, got "
+                f"{q_offset.device}."
             )
     elif isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
-        raise TypeError(f"q_offset must be an int or a 0-d integer tensor, got {type(q_offset).__name__}.")
+        raise TypeError(f"q_offset must be an int or an integer tensor, got {type(q_offset).__name__}.")
     elif q_offset < 0 or q_offset + q_len > kv_len:
         raise ValueError(
             "q_offset must place all queries at keys, 0 <= q_offset and q_offset + query.shape[2] <= key.shape[2]; got "

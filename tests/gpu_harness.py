@@ -20,15 +20,15 @@ SPARSE_PROGRAMS = PROGRAMS | {
     "window": lambda s, d: {"mask_mod": mods.sliding_window(WIDE, s.offset)},
     "window to both sides": lambda s, d: {
         "mask_mod": mods.sliding_window(WIDE, s.offset, causal=False),
-        "causal": False,
+        "is_causal": False,
     },
     "window and documents": lambda s, d: {
         "mask_mod": mods.and_masks(mods.sliding_window(WIDE, s.offset), PROGRAMS["documents"](s, d)["mask_mod"])
     },
     "window or sink": lambda s, d: {"mask_mod": mods.or_masks(mods.sliding_window(WIDE, s.offset), _first_tokens)},
-    "neighborhood 1-d": lambda s, d: {"mask_mod": mods.neighborhood((s.kv_len,), WIDE + 1), "causal": False},
+    "neighborhood 1-d": lambda s, d: {"mask_mod": mods.neighborhood((s.kv_len,), WIDE + 1), "is_causal": False},
     "a block mask and a mask": lambda s, d: (
-        PROGRAMS["a block mask"](s, d) | {"mask_mod": mods.sliding_window(2 * WIDE, s.offset), "causal": True}
+        PROGRAMS["a block mask"](s, d) | {"mask_mod": mods.sliding_window(2 * WIDE, s.offset), "is_causal": True}
     ),
 }
 """The catalogue of programs, each with blocks to choose from."""

@@ -2,25 +2,25 @@
 """Chunked prompts with and without stored codes, for the tests of KeyCodes."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from config_harness import as_rule
 from torch import Tensor
 
-from sale_flex import KeyCodes, SaleConfig, create_sale_block_mask
+from sale_flex import KeyCodes, Mass, SaleConfig, create_sale_block_mask
 from sale_flex.testing import BlockMap, Inputs, Shape, block_map
 
-SPARSE = SaleConfig.fast(min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=100, threshold=0.02)
+SPARSE = SaleConfig(Mass.fast(threshold=0.02), min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=100)
 RULE_OPTIONS: dict[str, dict[str, Any]] = {
     "moments": {},
     "moments, 8 bits": {"bits": 8},
-    "scan": {"estimator": "scan"},
-    "default": {"estimator": "scan", "query_stride": 4, "bits": 8, "threshold": 0.05},
-    "relative": {"metric": "relative", "threshold": 0.2},
-    "relative, 8 bits": {"metric": "relative", "threshold": 0.2, "bits": 8},
+    "scan": {"sub_block": 1},
+    "default": {"threshold": 0.05, "pool": 4, "pool_mode": "last", "sub_block": 1, "bits": 8},
+    "relative": {"rule": "relative", "threshold": 0.2},
+    "relative, 8 bits": {"rule": "relative", "threshold": 0.2, "bits": 8},
 }
 SHAPE = Shape(640, 640, heads=4, kv_heads=2, head_dim=32, batch=2)
 
@@ -28,8 +28,13 @@ every_rule = pytest.mark.parametrize("rule", RULE_OPTIONS)
 both_metrics = pytest.mark.parametrize("rule", ["moments", "relative"])
 
 
+def changed(config: SaleConfig, rule: str | None = None, **options: Any) -> SaleConfig:
+    """A copy with other options and, where one is named, of another rule, which takes over threshold and bits."""
+    return (config if rule is None else as_rule(config, rule)).with_options(**options)
+
+
 def config_of(rule: str, **changes: Any) -> SaleConfig:
-    return replace(SPARSE, **RULE_OPTIONS[rule] | changes)
+    return changed(SPARSE, **RULE_OPTIONS[rule] | changes)
 
 
 def blocks_of(query: Tensor, key: Tensor, config: SaleConfig, codes: KeyCodes | None = None, **options) -> BlockMap:

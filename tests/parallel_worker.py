@@ -15,7 +15,7 @@ from models_structure import passages
 from transformers import AutoModelForCausalLM
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig
+from sale_flex import Mass, SaleConfig
 from sale_flex.integrations.transformers.layers import state_of
 
 LENGTH = 1280
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
     heads = sale_hf.query_heads(layers[0])
     # Every head of every layer has a threshold of its own.
     configs = {
-        index: SaleConfig(threshold=0.02 * 2 ** torch.arange(heads) + 0.01 * index, min_length=64, local_tokens=32)
+        index: SaleConfig(Mass(0.02 * 2 ** torch.arange(heads) + 0.01 * index), min_length=64, local_tokens=32)
         for index in layers
     }
     sale_hf.configure(model, configs)
@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
     seen = {
         "tokens": tokens,
         "logits": logits,
-        "thresholds": {index: state_of(module).config.threshold.tolist() for index, module in layers.items()},
+        "thresholds": {index: state_of(module).config.rule.threshold.tolist() for index, module in layers.items()},
         "density": {one.layer: one.density for one in sale_hf.stats(model).layers},
         "sparse": [one.sparse_calls for one in sale_hf.stats(model).layers],
     }

@@ -142,15 +142,15 @@ def make(
 SEEN = [
     {},
     {"mask": "window"},
-    {"mask": "window", "causal": False},
-    {"mask": "documents", "causal": False, "block": (64, 32)},
+    {"mask": "window", "is_causal": False},
+    {"mask": "documents", "is_causal": False, "block": (64, 32)},
     {"mask": "by head", "heads": 3, "block": (128, 64)},
-    {"causal": False, "block": (128, 128), "q_len": 300},
+    {"is_causal": False, "block": (128, 128), "q_len": 300},
     {"q_len": 150, "kv_range": ((0, 330), (77, 310)), "batch": 2, "mask": "documents"},
     {"q_len": 350, "kv_len": 300, "kv_range": ((5, 290),)},
     {"listed": (64, 64), "kv_range": ((40, 330),)},
     {"listed": (32, 16), "mask": "window"},
-    {"listed": (128, 256), "causal": False, "listed_heads": 2},
+    {"listed": (128, 256), "is_causal": False, "listed_heads": 2},
     {"listed": (100, 48), "block": (64, 32)},
 ]
 """Calls that differ in who sees whom."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`sale_attention` from end to end: exact attention on the blocks that its mask keeps, whatever the path."""
 
+import pathlib
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 import sale_flex
-from sale_flex import SaleConfig, create_sale_block_mask, ops, sale_attention
+from sale_flex import AuxRequest, Path, Relative, SaleConfig, create_sale_block_mask, ops, sale_attention
 from sale_flex.testing import (
     Inputs,
     Shape,
@@ -22,6 +24,10 @@ from sale_flex.testing import (
     structured_inputs,
 )
 from sale_flex.testing.strategies import calls, seeds
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+
+from config_harness import as_rule
 
 uncompiled = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
@@ -45,8 +51,8 @@ def test_output_is_attention_over_the_kept_blocks(call, seed):
     inputs = structured_inputs(shape, seed)
     mask = create_sale_block_mask(inputs.query, inputs.key, config, **shape.positions())
     seen = seen_of(shape, mask)
-    output, stats = sale_attention(*inputs, config, stats=True, **shape.positions())
-    event(stats.path)
+    output, (_, stats) = sale_attention(*inputs, config, return_aux=AuxRequest(stats=True), **shape.positions())
+    event(stats.describe())
     assert_attention_close(output, *inputs, seen)
     assert not output[~seen.any(-1).expand(output.shape[:3])].any()  # padding rows are 0, exactly
     # Uncompiled flex_attention ignores a BlockMask's indices; the mask_mod looks them up.
@@ -62,7 +68,7 @@ def test_output_is_attention_over_the_kept_blocks(call, seed):
 def test_threshold_zero_is_dense_attention(call, seed, threshold):
     shape, config = call
     inputs = structured_inputs(shape, seed)
-    output = sale_attention(*inputs, replace(config, threshold=threshold), **shape.positions())
+    output = sale_attention(*inputs, config.with_options(threshold=threshold), **shape.positions())
     assert_attention_close(output, *inputs, causal_mask(shape))
 
 
@@ -81,9 +87,7 @@ def test_threshold_zero_is_dense_attention(call, seed, threshold):
 def test_every_dtype_head_dim_and_block_size(dtype, head_dim, block_size, heads, kv_heads, bits):
     shape = Shape(450, 450, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, kv_range=((3, 449),))
     inputs = structured_inputs(shape, 0)
-    config = SaleConfig(
-        metric="relative", threshold=0.3, min_length=0, local_tokens=32, block_size=block_size, bits=bits
-    )
+    config = SaleConfig(Relative(0.3, bits=bits), min_length=0, local_tokens=32, block_size=block_size)
     mask, stats = create_sale_block_mask(inputs.query, inputs.key, config, stats=True, **shape.positions())
     if max(block_size) < 128:
         assert stats.density.mean() < 1
@@ -98,7 +102,7 @@ def example(q_len: int = 500, kv_len: int = 500, **changes) -> tuple[Shape, Inpu
     return shape, structured_inputs(shape, 4)
 
 
-SPARSE = SaleConfig(metric="relative", threshold=0.3, min_length=64, local_tokens=32, smooth_tokens=128)
+SPARSE = SaleConfig(Relative(0.3, bits=8), min_length=64, local_tokens=32, smooth_tokens=128)
 
 
 def test_the_users_own_compiled_flex_attention_gives_the_same():
@@ -121,6 +125,116 @@ def test_an_offset_tensor_gives_the_same_output():
     assert not torch.equal(outputs[0], moved)
 
 
+PLACES = (0, 300, 650)
+"""Key indices of the first queries of three batch rows."""
+PASSAGES = torch.arange(900) // 400
+
+
+def at_places(q_len: int = 250) -> tuple[Inputs, list[Shape]]:
+    """Inputs of a batch whose rows stand at different places, and the shapes of its rows alone."""
+    rows = [Shape(q_len, 900, heads=2, kv_heads=1, head_dim=32, q_offset=place) for place in PLACES]
+    inputs = [structured_inputs(row, seed) for seed, row in enumerate(rows)]
+    return Inputs(*(torch.cat(x) for x in zip(*inputs))), rows
+
+
+def by_passage(places: torch.Tensor):
+    def mask(b, h, q_idx, kv_idx):
+        return PASSAGES[q_idx + places[b]] == PASSAGES[kv_idx]
+
+    return mask
+
+
+BY_PLACE = {
+    "plain": lambda places: {},
+    "mask of rows": lambda places: {"mask_mod": lambda b, h, q_idx, kv_idx: (kv_idx // 50 + q_idx // 70) % 4 > 0},
+    "documents": lambda places: {"mask_mod": by_passage(places)},
+    "documents, both ways": lambda places: {"mask_mod": by_passage(places), "is_causal": False},
+    "rough score": lambda places: {"score_mod": lambda score, b, h, q_idx, kv_idx: score - 0.01 * (kv_idx % 100)},
+}
+"""Name -> options of a call whose batch rows stand at these places."""
+
+
+def row_of(n: int, inputs: Inputs, options, ranges: torch.Tensor | None = None) -> tuple[Inputs, dict]:
+    """What a row of `at_places` is called with alone."""
+    where = {"q_offset": PLACES[n]} | ({} if ranges is None else {"kv_range": ranges[n : n + 1]})
+    return Inputs(*(x[n : n + 1] for x in inputs)), where | options(torch.tensor(PLACES[n : n + 1]))
+
+
+@pytest.mark.parametrize("options", BY_PLACE.values(), ids=BY_PLACE)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("metric", "threshold"), [("mass", 0.15), ("relative", 1.0)])
+def test_batch_rows_at_different_places_keep_what_each_keeps_alone(metric, threshold, padded, options):
+    inputs, _ = at_places()
+    config = as_rule(SPARSE, metric).with_options(threshold=threshold, min_length=0, sink_tokens=4, local_tokens=8)
+    ranges = torch.tensor([[0, 240], [40, 540], [130, 900]]) if padded else None
+    places = torch.tensor(PLACES)
+    mask, stats = create_sale_block_mask(
+        *inputs[:2], config, q_offset=places, kv_range=ranges, stats=True, **options(places)
+    )
+    assert 0.1 < float(stats.density.mean()) < 0.9
+    for n in range(3):
+        own, here = row_of(n, inputs, options, ranges)
+        alone, counts = create_sale_block_mask(*own[:2], config, stats=True, **here)
+        for ours, theirs in zip(block_map(mask), block_map(alone)):
+            assert torch.equal(ours[n : n + 1], theirs)
+        for ours, theirs in zip((*stats[:3], stats.audit.rows), (*counts[:3], counts.audit.rows)):
+            assert torch.equal(ours[n : n + 1], theirs)
+
+
+@pytest.mark.parametrize("name", ["plain", "mask of rows", "documents"])
+def test_batch_rows_at_different_places_give_what_each_gives_alone(name):
+    (inputs, _), options, places = at_places(), BY_PLACE[name], torch.tensor(PLACES)
+    config = SPARSE.with_options(threshold=1.0, min_length=0, sink_tokens=4, local_tokens=8)
+    wanted = AuxRequest(stats=True), AuxRequest(lse=True)
+    together = [sale_attention(*inputs, config, q_offset=places, return_aux=aux, **options(places)) for aux in wanted]
+    for n in range(3):
+        own, here = row_of(n, inputs, options)
+        alone = [sale_attention(*own, config, return_aux=aux, **here) for aux in wanted]
+        for (output, _), (expected, _) in zip(together, alone):
+            torch.testing.assert_close(output[n : n + 1], expected)
+        (_, (_, stats)), (_, (lse, _)) = together
+        (_, (_, counts)), (_, (expected, _)) = alone
+        torch.testing.assert_close(lse[n : n + 1], expected)
+        assert torch.equal(stats.kept_blocks[n : n + 1], counts.kept_blocks)
+        assert (stats.path, stats.reason) == (counts.path, counts.reason) == (Path.FLEX, "")
+
+
+@pytest.mark.parametrize(("q_len", "min_length"), [(250, 900), (5, 0)], ids=["short prompt", "decoding"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_dense_calls_of_batch_rows_at_different_places(q_len, min_length, dtype):
+    inputs, rows = at_places(q_len)
+    config = replace(SPARSE, min_length=min_length)
+    places = torch.tensor(PLACES, dtype=dtype)
+    output, (_, stats) = sale_attention(*inputs, config, q_offset=places, return_aux=AuxRequest(stats=True))
+    assert stats.path is Path.DENSE_SDPA
+    assert_attention_close(output, *inputs, torch.cat([causal_mask(row) for row in rows]))
+    visible = torch.stack([any_in_block(causal_mask(row), (64, 64)).sum() for row in rows])
+    assert torch.equal(stats.visible_blocks, visible[:, None].expand(3, 2))
+
+
+@pytest.mark.parametrize("call", [sale_attention, lambda q, k, v, *x, **y: create_sale_block_mask(q, k, *x, **y)])
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (
+            torch.tensor([0, 300, 650, 0]),
+            r"q_offset must be an int or an integer tensor of shape \[\] or \[3\].*\[4\]",
+        ),
+        (torch.tensor([[0, 300, 650]]), r"q_offset must be an int or .*, got shape \[1, 3\]"),
+        (torch.tensor([0.0, 300.0, 650.0]), r"q_offset must be an int or .* dtype torch\.float32"),
+        (torch.tensor([0, 300, 651]), r"q_offset must place all queries at keys.* = 900; got \[0, 300, 651\]"),
+        (torch.tensor([0, -1, 650]), r"q_offset must place all queries at keys.* = 900; got \[0, -1, 650\]"),
+    ],
+    ids=["four rows", "matrix", "floats", "too far", "negative"],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_places_of_batch_rows_that_are_none_are_refused(call, places, message, masked):
+    inputs, _ = at_places()
+    options = {"mask_mod": lambda b, h, q_idx, kv_idx: kv_idx % 5 > 0} if masked else {}
+    with pytest.raises(ValueError, match=message):
+        call(*inputs, SPARSE, q_offset=places, **options)
+
+
 def test_chunked_prefill_gives_the_output_of_one_shot():
     shape, inputs = example()
     seen = seen_of(shape, create_sale_block_mask(inputs.query, inputs.key, SPARSE))
@@ -132,24 +246,25 @@ def test_chunked_prefill_gives_the_output_of_one_shot():
 
 
 @pytest.mark.parametrize(
-    ("q_len", "kv_len", "min_length", "path"),
+    ("q_len", "kv_len", "min_length", "path", "reason"),
     [
-        (150, 150, 150, "dense sdpa: no more keys than min_length"),
-        (100, 150, 1024, "dense sdpa: no more keys than min_length"),
-        (1, 500, 0, "dense sdpa: fewer queries than half a block"),
-        (31, 500, 0, "dense sdpa: fewer queries than half a block"),
-        (32, 500, 0, "torch scan + flex"),
-        (150, 150, 149, "torch scan + flex"),
+        (150, 150, 150, Path.DENSE_SDPA, "no more keys than min_length"),
+        (100, 150, 1024, Path.DENSE_SDPA, "no more keys than min_length"),
+        (1, 500, 0, Path.DENSE_SDPA, "fewer queries than half a block"),
+        (31, 500, 0, Path.DENSE_SDPA, "fewer queries than half a block"),
+        (32, 500, 0, Path.FLEX, ""),
+        (150, 150, 149, Path.FLEX, ""),
     ],
 )
 @pytest.mark.parametrize("padded", [False, True])
-def test_short_prompts_and_decoding_are_dense_and_say_so(q_len, kv_len, min_length, path, padded):
+def test_short_prompts_and_decoding_are_dense_and_say_so(q_len, kv_len, min_length, path, reason, padded):
     kv_range = ((0, kv_len), (kv_len // 3, kv_len - 2)) if padded else None
     shape, inputs = example(q_len, kv_len, kv_range=kv_range)
-    config = replace(SPARSE, threshold=1e6, min_length=min_length, local_tokens=8, sink_tokens=4, smooth_tokens=32)
-    output, stats = sale_attention(*inputs, config, stats=True, **shape.positions())
-    assert stats.path == path
-    if path.startswith("dense"):
+    config = SPARSE.with_options(threshold=1e6, min_length=min_length, local_tokens=8, sink_tokens=4, smooth_tokens=32)
+    output, (_, stats) = sale_attention(*inputs, config, return_aux=AuxRequest(stats=True), **shape.positions())
+    assert (stats.path, stats.reason, stats.dense_rows) == (path, reason, 0)
+    assert stats.ran_dense == path.is_dense
+    if path.is_dense:
         assert_attention_close(output, *inputs, causal_mask(shape))
         assert torch.equal(stats.kept_blocks, stats.visible_blocks)
         visible = any_in_block(causal_mask(shape), (64, 64)).sum((1, 2, 3))
@@ -162,9 +277,10 @@ def test_short_prompts_and_decoding_are_dense_and_say_so(q_len, kv_len, min_leng
 
 def test_early_rows_are_dense_whoever_computes_them():
     shape, inputs = example(500, 500)
-    config = replace(SPARSE, threshold=1e6, min_length=100, local_tokens=8, sink_tokens=4, smooth_tokens=32)
-    output, stats = sale_attention(*inputs, config, stats=True)
-    assert stats.path == "dense sdpa on the first 128 rows, torch scan + flex on the others"
+    config = SPARSE.with_options(threshold=1e6, min_length=100, local_tokens=8, sink_tokens=4, smooth_tokens=32)
+    output, (_, stats) = sale_attention(*inputs, config, return_aux=AuxRequest(stats=True))
+    assert (stats.path, stats.reason, stats.dense_rows) == (Path.FLEX, "", 128)
+    assert stats.describe() == "flex_attention after 128 dense rows"
     mask, of_mask = create_sale_block_mask(inputs.query, inputs.key, config, stats=True)
     assert_attention_close(output, *inputs, seen_of(shape, mask))
     assert torch.equal(stats.kept_blocks, of_mask.kept_blocks)
@@ -176,16 +292,18 @@ def test_early_rows_are_dense_whoever_computes_them():
 def test_a_decoding_step_too_long_for_an_explicit_mask_keeps_all_its_blocks(monkeypatch):
     monkeypatch.setattr(sale_flex.attention, "_DENSE_MASK_LIMIT", 1000)
     shape, inputs = example(31, 500, kv_range=((0, 500), (70, 495)))
-    output, stats = sale_attention(*inputs, replace(SPARSE, threshold=1e6), stats=True, **shape.positions())
-    assert stats.path == "torch scan + flex"
+    output, (_, stats) = sale_attention(
+        *inputs, SPARSE.with_options(threshold=1e6), return_aux=AuxRequest(stats=True), **shape.positions()
+    )
+    assert (stats.path, stats.reason, stats.dense_rows) == (Path.FLEX, "", 0)
     assert (stats.density == 1).all()
     assert_attention_close(output, *inputs, causal_mask(shape))
 
 
 def test_one_head_may_be_dense_beside_sparse_ones():
     shape, inputs = example()
-    config = replace(SPARSE, threshold=torch.tensor([0.0, 0.3, 1e6, 0.0, 0.3, 1e6]))
-    output, stats = sale_attention(*inputs, config, stats=True)
+    config = SPARSE.with_options(threshold=torch.tensor([0.0, 0.3, 1e6, 0.0, 0.3, 1e6]))
+    output, (_, stats) = sale_attention(*inputs, config, return_aux=AuxRequest(stats=True))
     dense = torch.tensor([0, 3])
     assert (stats.density[:, dense] == 1).all()
     assert (stats.density[:, [2, 5]] < stats.density[:, [1, 4]]).all()
@@ -197,7 +315,7 @@ def test_one_head_may_be_dense_beside_sparse_ones():
 
 @pytest.mark.parametrize("metric", ["mass", "relative"])
 def test_strided_views_are_taken_as_they_are(metric, monkeypatch):
-    config = replace(SPARSE, metric=metric)
+    config = as_rule(SPARSE, metric)
     shape, inputs = example(300, 300)
     views = Inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs))
     received: dict[str, list[torch.Tensor]] = {}

@@ -2,22 +2,36 @@
 """The audit says what a choice missed: as the reference says, for every way to ask, and it acts on it."""
 
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sale_flex import SaleConfig, create_sale_block_mask, listed_ops, reference, sale_attention
+from sale_flex import (
+    AuxRequest,
+    Mass,
+    SaleConfig,
+    create_sale_block_mask,
+    listed_ops,
+    reference,
+    sale_attention,
+)
 from sale_flex.audit import WANTED
 from sale_flex.bits import pack_bits
-from sale_flex.sight import Mod, Sight
+from sale_flex.mask_spec import MaskSpec, Mod
 from sale_flex.testing import Shape, block_map, gamma, structured_inputs
 from sale_flex.testing.programs import PROGRAMS
 from sale_flex.testing.strategies import shapes
 
-BLIND = SaleConfig(threshold=1.0, min_length=0, sink_tokens=4, local_tokens=16, smooth_tokens=50)
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from config_harness import as_rule
+
+BLIND = SaleConfig(Mass(1.0), min_length=0, sink_tokens=4, local_tokens=16, smooth_tokens=50)
 """Keeps only what is always kept, so that everything that is wanted is missed."""
 
 
@@ -47,8 +61,8 @@ def test_rows_of_plain_calls_are_those_of_the_reference(shape, block, data):
     hits = torch.rand(expected.kept.shape, generator=generator) < 0.5
     scale = shape.head_dim**-0.5
     got = listed_ops.audit_rows(
-        query, key, pack_bits(hits), None, None, None, *Sight(bounds, True, "", [], None, 1, 1), *Mod(), scale, WANTED,
-        *block, config.sink_tokens, config.local_tokens, min_length,
+        query, key, pack_bits(hits), None, None, None, *MaskSpec(bounds, True, "", [], None, 1, 1), *Mod(), scale,
+        WANTED, *block, config.sink_tokens, config.local_tokens, min_length,
     )  # fmt: skip
     seen = reference.visible(bounds, shape.q_len, shape.kv_len)[:, None].expand(-1, shape.heads, -1, -1)
     at = torch.arange(shape.q_len)[None] + bounds[:, :1]
@@ -73,11 +87,11 @@ def test_rows_under_a_program_are_those_of_the_reference(program):
     config = replace(BLIND, min_length=20)
     stats = create_sale_block_mask(query, key, config, stats=True, **options).stats
     mods = {name: options.get(name) for name in ("mask_mod", "block_mask")}
-    causal = options.get("causal", True)
+    causal = options.get("is_causal", True)
     if options.get("estimate_mods") == "ignore":
         pytest.skip("what the estimate does not see, the audit does not either")
     expected = reference.programmed_keep_map(
-        query, key, config, score_mod=options.get("score_mod"), **mods, causal=causal
+        query, key, config, score_mod=options.get("score_mod"), **mods, is_causal=causal
     )
     bounds = reference.make_bounds(shape.batch, shape.q_len, shape.kv_len, None, None)
     seen = reference.seen_elements(
@@ -151,11 +165,11 @@ def test_padding_on_the_left_asks_the_same_rows():
 def test_what_is_kept_is_not_missed_and_nothing_is_asked_where_nothing_was_chosen():
     shape = Shape(600, 600, heads=2, kv_heads=1, head_dim=32)
     query, key, value = structured_inputs(shape, 4)
-    everything = create_sale_block_mask(query, key, replace(BLIND, threshold=0.0), stats=True).stats.audit
+    everything = create_sale_block_mask(query, key, BLIND.with_options(threshold=0.0), stats=True).stats.audit
     assert (everything.wanted_mass > 0).all()
     assert not everything.missed_mass.any()
     for config, dense in ((replace(BLIND, min_length=600), True), (replace(BLIND, on_miss="ignore"), False)):
-        stats = sale_attention(query, key, value, config, stats=True).stats
+        stats = sale_attention(query, key, value, config, return_aux=AuxRequest(stats=True))[1].stats
         assert stats.ran_dense == dense
         assert not any(x.any() for x in stats.audit)
         assert not stats.audit.miss.any()
@@ -179,7 +193,7 @@ def test_dense_keeps_all_blocks_of_the_heads_that_missed_too_much_and_no_others(
     query, key, value = structured_inputs(shape, 5, topic=8.0)
     query[1, 0] = 4 * key[1, 0]
     nothing = 1e9 if metric == "relative" else 1.0
-    config = replace(BLIND, metric=metric, threshold=torch.tensor([nothing, nothing, 0.03, 0.03]))
+    config = as_rule(BLIND, metric).with_options(threshold=torch.tensor([nothing, nothing, 0.03, 0.03]))
     reported = create_sale_block_mask(query, key, config, mask_mod=mask, stats=True)
     acting = replace(config, on_miss="dense", miss_bound=0.1)
     acted = create_sale_block_mask(query, key, acting, mask_mod=mask, stats=True)

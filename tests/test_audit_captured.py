@@ -12,14 +12,14 @@ from statistics import fmean
 import pytest
 import torch
 
-from sale_flex import SaleConfig, create_sale_block_mask
+from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-FAST = SaleConfig.fast(min_length=256)
+FAST = SaleConfig(Mass.fast(), min_length=256)
 DEFAULT = SaleConfig(min_length=256)
-MEANS = SaleConfig(threshold=0.005, query_stride=None, query_pool=4, bits=4, min_length=256)
-PUBLISHED = SaleConfig(metric="relative", threshold=0.004, bits=4, min_length=256)
+MEANS = SaleConfig(Mass(0.005, pool=4, pool_mode="mean", bits=4), min_length=256)
+PUBLISHED = SaleConfig(Relative(0.004, bits=4), min_length=256)
 
 
 def miss_of(model: str, config: SaleConfig, **options) -> float:
@@ -55,7 +55,7 @@ def test_it_is_silent_for_what_does_not(model, config):
 
 
 def test_acting_on_it_brings_the_head_back():
-    acting = SaleConfig.fast(min_length=256, on_miss="dense")
+    acting = SaleConfig(Mass.fast(), min_length=256, on_miss="dense")
     made = torch.load(ROOT / "tests" / "data" / "gemma3-270m.pt")
     stats = create_sale_block_mask(made["query"], made["key"], acting, scale=made["scale"], stats=True).stats
     assert stats.audit.made_dense.all()

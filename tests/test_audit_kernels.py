@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sale_flex import SaleConfig, create_sale_block_mask
+from sale_flex import Mass, SaleConfig, create_sale_block_mask
 from sale_flex.audit import WANTED
 from sale_flex.bits import pack_bits
 from sale_flex.fallback import audit as audit_torch
@@ -122,7 +122,7 @@ def make_on_gpu(shape: Shape):
 def compare(made, program, block=(64, 64)) -> None:
     """Assert that counts on the GPU are those on the CPU, to a thousandth, but for blocks at the threshold."""
     shape, (query, key, _) = made
-    config = SaleConfig(threshold=1.0, min_length=0, sink_tokens=4, local_tokens=16, block_size=block)
+    config = SaleConfig(Mass(1.0), min_length=0, sink_tokens=4, local_tokens=16, block_size=block)
     audits = []
     for device in ("cpu", "cuda"):
         options = shape.positions() if program is None else PROGRAMS[program](shape, device)

@@ -9,10 +9,10 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from sale_flex import KeyCodes, SaleConfig, create_sale_block_mask, mods, sale_attention
+from sale_flex import AuxRequest, KeyCodes, Mass, Relative, SaleConfig, create_sale_block_mask, mods, sale_attention
 from sale_flex.testing import Shape, block_map, structured_inputs
 
-SPARSE = SaleConfig(threshold=0.1, min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=64)
+SPARSE = SaleConfig(Mass(0.1), min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=64)
 DENSE = SaleConfig(min_length=10**6)
 LOW = (torch.bfloat16, torch.float16)
 SHAPE = Shape(300, 300, batch=2, heads=4, kv_heads=2, head_dim=32)
@@ -60,16 +60,16 @@ def test_float64_is_not_cast_and_so_refused():
 
 CALLS = {
     "plain": {},
-    "log-sum-exp": {"return_lse": True},
+    "log-sum-exp": {"return_aux": AuxRequest(lse=True, stats=True)},
     "sinks": {"sink_logits": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     "soft cap": {"score_mod": mods.softcap(2.0)},
     "window": {"mask_mod": mods.sliding_window(100)},
-    "both ways": {"causal": False},
+    "both ways": {"is_causal": False},
     "padding": {"kv_range": torch.tensor([[40, 300], [0, 250]])},
-    "relative": {"config": SaleConfig("relative", threshold=0.05, min_length=0, local_tokens=32, smooth_tokens=64)},
-    "scan": {"config": SaleConfig(estimator="scan", threshold=0.1, min_length=0, local_tokens=32, smooth_tokens=64)},
-    "8 bits": {"config": SaleConfig(bits=8, threshold=0.1, min_length=0, local_tokens=32, smooth_tokens=64)},
-    "early rows": {"config": SaleConfig(threshold=0.1, min_length=100, local_tokens=32, smooth_tokens=64)},
+    "relative": {"config": SaleConfig(Relative(0.05, bits=8), min_length=0, local_tokens=32, smooth_tokens=64)},
+    "scan": {"config": SaleConfig(Mass(0.1, sub_block=1), min_length=0, local_tokens=32, smooth_tokens=64)},
+    "8 bits": {"config": SaleConfig(Mass(0.1, bits=8), min_length=0, local_tokens=32, smooth_tokens=64)},
+    "early rows": {"config": SaleConfig(Mass(0.1), min_length=100, local_tokens=32, smooth_tokens=64)},
     "dense": {"config": DENSE, "sink_logits": torch.zeros(4)},
 }
 
@@ -77,17 +77,17 @@ CALLS = {
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
 def test_a_call_is_what_its_inputs_give_cast(options):
     dtype = torch.bfloat16
-    inputs, options = promoted(dtype), {"config": SPARSE, "stats": True} | options
+    inputs, options = promoted(dtype), {"config": SPARSE, "return_aux": AuxRequest(stats=True)} | options
     with torch.autocast("cpu", dtype):
-        result = sale_attention(*inputs, **options)
-    expected = sale_attention(*(x.to(dtype) for x in inputs), **options)
-    assert result.output.dtype == dtype
-    assert torch.equal(result.output, expected.output)
-    assert torch.equal(result.stats.kept_blocks, expected.stats.kept_blocks)
-    assert result.stats.path == expected.stats.path
-    if options.get("return_lse"):
-        assert result.lse.dtype == torch.float32
-        assert torch.equal(result.lse, expected.lse)
+        output, aux = sale_attention(*inputs, **options)
+    expected, of_expected = sale_attention(*(x.to(dtype) for x in inputs), **options)
+    assert output.dtype == dtype
+    assert torch.equal(output, expected)
+    assert torch.equal(aux.stats.kept_blocks, of_expected.stats.kept_blocks)
+    assert aux.stats.describe() == of_expected.stats.describe()
+    if options["return_aux"].lse:
+        assert aux.lse.dtype == torch.float32
+        assert torch.equal(aux.lse, of_expected.lse)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
@@ -189,15 +189,15 @@ def test_gradients_are_those_of_scaled_dot_product_attention():
 
 
 def around(*inputs):
-    return sale_attention(*inputs, SPARSE, stats=True)
+    return sale_attention(*inputs, SPARSE, return_aux=AuxRequest(stats=True))
 
 
 def inside(*inputs):
     with torch.autocast("cpu", torch.bfloat16):
-        output, stats = sale_attention(*inputs, SPARSE, stats=True)
+        output, aux = sale_attention(*inputs, SPARSE, return_aux=AuxRequest(stats=True))
         with torch.autocast("cpu", enabled=False):
             exact = sale_attention(*(x.float() for x in inputs), SPARSE)
-    return output, stats, exact
+    return output, aux, exact
 
 
 @pytest.mark.compiles
@@ -205,17 +205,17 @@ def inside(*inputs):
 def test_compiled_programs_cast_too(backend):
     dtype = torch.bfloat16
     inputs = promoted(dtype)
-    expected = sale_attention(*(x.to(dtype) for x in inputs), SPARSE, stats=True)
-    bound = 4 * torch.finfo(dtype).eps * expected.output.abs().amax()  # weights and outputs rounded, in either run
+    expected, (_, counts) = sale_attention(*(x.to(dtype) for x in inputs), SPARSE, return_aux=AuxRequest(stats=True))
+    bound = 4 * torch.finfo(dtype).eps * expected.abs().amax()  # weights and outputs rounded, in either run
     torch._dynamo.reset()
     compiled = torch.compile(around, fullgraph=True, backend=backend)
     with torch.autocast("cpu", dtype):
         one = compiled(*inputs)
     other = torch.compile(inside, fullgraph=True, backend=backend)(*inputs)
-    for output, stats in (one, other[:2]):
+    for output, (_, stats) in (one, other[:2]):
         assert output.dtype == dtype
-        assert (output - expected.output).abs().amax() <= bound
-        assert torch.equal(stats.kept_blocks, expected.stats.kept_blocks)
+        assert (output - expected).abs().amax() <= bound
+        assert torch.equal(stats.kept_blocks, counts.kept_blocks)
     assert other[2].dtype == torch.float32
     # The same program, once autocast is off: its inputs are an error again.
     with pytest.raises(Exception, match="value must have the query's dtype"):
@@ -227,16 +227,16 @@ def test_compiled_programs_cast_too(backend):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_a_call_on_a_gpu_is_what_its_inputs_give_cast(dtype, options):
     inputs = [x.cuda() for x in promoted(dtype)]
-    options = {"config": SPARSE, "stats": True} | options
+    options = {"config": SPARSE, "return_aux": AuxRequest(stats=True)} | options
     options = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     with torch.autocast("cuda", dtype):
-        result = sale_attention(*inputs, **options)
+        output, (_, stats) = sale_attention(*inputs, **options)
         wanted = scaled_dot_product_attention(*inputs, enable_gqa=True).dtype
         mask = create_sale_block_mask(inputs[0], inputs[1], SPARSE)
-    expected = sale_attention(*(x.to(dtype) for x in inputs), **options)
-    assert result.output.dtype == wanted == dtype
-    assert torch.equal(result.output, expected.output)
-    assert torch.equal(result.stats.kept_blocks, expected.stats.kept_blocks)
+    expected, (_, counts) = sale_attention(*(x.to(dtype) for x in inputs), **options)
+    assert output.dtype == wanted == dtype
+    assert torch.equal(output, expected)
+    assert torch.equal(stats.kept_blocks, counts.kept_blocks)
     cast = create_sale_block_mask(inputs[0].to(dtype), inputs[1].to(dtype), SPARSE)
     assert torch.equal(block_map(mask).kept, block_map(cast).kept)
 
@@ -254,7 +254,7 @@ def test_a_gpus_calls_do_not_follow_the_autocast_of_cpus():
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from torch 2.11's compiler
 def test_gradients_on_a_gpu_have_the_dtypes_of_the_inputs():
-    config = SaleConfig(threshold=0.1, min_length=0, block_size=(64, 64), local_tokens=32, smooth_tokens=64)
+    config = SaleConfig(Mass(0.1), min_length=0, block_size=(64, 64), local_tokens=32, smooth_tokens=64)
     query, key, value = (x.cuda().requires_grad_() for x in structured_inputs(SHAPE, 0))
     with torch.autocast("cuda", torch.bfloat16):
         output = sale_attention(query, key, value, config)
@@ -273,10 +273,10 @@ def test_gradients_on_a_gpu_have_the_dtypes_of_the_inputs():
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_compiled_programs_on_a_gpu_cast_too(dtype):
     inputs = [x.cuda() for x in promoted(dtype)]
-    expected = sale_attention(*(x.to(dtype) for x in inputs), SPARSE, stats=True)
+    expected, (_, counts) = sale_attention(*(x.to(dtype) for x in inputs), SPARSE, return_aux=AuxRequest(stats=True))
     torch._dynamo.reset()
     with torch.autocast("cuda", dtype):
-        output, stats = torch.compile(around, fullgraph=True)(*inputs)
+        output, (_, stats) = torch.compile(around, fullgraph=True)(*inputs)
     assert output.dtype == dtype
-    assert (output - expected.output).abs().amax() <= 4 * torch.finfo(dtype).eps * expected.output.abs().amax()
-    assert torch.equal(stats.kept_blocks, expected.stats.kept_blocks)
+    assert (output - expected).abs().amax() <= 4 * torch.finfo(dtype).eps * expected.abs().amax()
+    assert torch.equal(stats.kept_blocks, counts.kept_blocks)

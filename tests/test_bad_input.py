@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What bad input gets: an error that names the argument, the rule, what came and what to do."""
 
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
 
 import sale_flex
-from sale_flex import SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask, sale_attention
 from sale_flex.config import BLOCK_SIZES
 from sale_flex.validation import HEAD_DIMS
 
@@ -64,14 +64,14 @@ BAD_CALLS = {
     "value of other heads": ({"value": torch.randn(2, 1, 200, 64)}, ValueError, r"value must have the key's shape"),
     "config of the wrong type": ({"config": {"threshold": 0.1}}, TypeError, "config must be a sale_flex.SaleConfig"),
     "thresholds of too few heads": (
-        {"config": SaleConfig(threshold=torch.zeros(2))},
+        {"config": SaleConfig(Mass(torch.zeros(2)))},
         ValueError,
-        r"config.threshold must be .*shape \[6\].*got \[2\]",
+        r"config.rule.threshold must be .*shape \[6\].*got \[2\]",
     ),
     "thresholds on another device": (
-        {"config": SaleConfig(threshold=torch.zeros(6, device="meta"))},
+        {"config": SaleConfig(Mass(torch.zeros(6, device="meta")))},
         ValueError,
-        "config.threshold must be on the query's device cpu, got meta; move",
+        "config.rule.threshold must be on the query's device cpu, got meta; move",
     ),
     "more queries than keys": (
         {"query": torch.randn(2, 6, 201, 64)},
@@ -80,10 +80,26 @@ BAD_CALLS = {
     ),
     "negative q_offset": ({"q_offset": -1}, ValueError, "q_offset must place all queries at keys.*q_offset -1"),
     "q_offset too large": ({"q_offset": 101}, ValueError, "q_offset must place all queries at keys.*101 with 100 q"),
-    "q_offset of the wrong type": ({"q_offset": 1.0}, TypeError, "q_offset must be an int or a 0-d integer tensor"),
-    "q_offset a bool": ({"q_offset": True}, TypeError, "q_offset must be an int or a 0-d integer tensor, got bool"),
-    "q_offset a vector": ({"q_offset": torch.zeros(2).int()}, ValueError, r"q_offset must be .*shape \[2\]"),
+    "q_offset of the wrong type": (
+        {"q_offset": 1.0},
+        TypeError,
+        "q_offset must be an int or an integer tensor, got float",
+    ),
+    "q_offset a bool": ({"q_offset": True}, TypeError, "q_offset must be an int or an integer tensor, got bool"),
+    "q_offset of another batch": (
+        {"q_offset": torch.zeros(3).int()},
+        ValueError,
+        r"q_offset must be .*shape \[\] or \[2\], one per batch row, got shape \[3\]",
+    ),
+    "q_offset of one row": ({"q_offset": torch.zeros(1).int()}, ValueError, r"q_offset must be .*got shape \[1\]"),
+    "q_offset a matrix": ({"q_offset": torch.zeros(2, 1).int()}, ValueError, r"q_offset must be .*shape \[2, 1\]"),
     "q_offset a float tensor": ({"q_offset": torch.zeros(())}, ValueError, r"q_offset must be .*float32"),
+    "q_offset a bool tensor": ({"q_offset": torch.zeros(2).bool()}, ValueError, "q_offset must be .*torch.bool"),
+    "q_offset per row on another device": (
+        {"q_offset": torch.zeros(2, device="meta").int()},
+        ValueError,
+        "q_offset must be on the query's device cpu if there is one per batch row, got meta",
+    ),
     "q_offset tensor too large": ({"q_offset": torch.tensor(101)}, ValueError, "q_offset must place .*got 101"),
     "q_offset tensor negative": ({"q_offset": torch.tensor(-1)}, ValueError, "q_offset must place .*got -1"),
     "kv_range of the wrong type": ({"kv_range": [[0, 200]] * 2}, TypeError, "kv_range must be an integer tensor"),
@@ -138,16 +154,7 @@ def test_padding_that_is_all_of_a_row_is_no_error():
     assert not output[1].any()
 
 
-BAD_CONFIGS = {
-    "on_miss": [("raise", ValueError, "one of .*'report', 'dense'.*got 'raise'"), (None, ValueError, "got None")],
-    "miss_bound": [
-        (1.5, ValueError, r"a share in \[0, 1\], got 1.5"),
-        (-0.1, ValueError, "got -0.1"),
-        (float("nan"), ValueError, "got nan"),
-        ("0.2", TypeError, "a float, got '0.2'"),
-        (True, TypeError, "a float, got True"),
-    ],
-    "metric": [(None, TypeError, "str, got NoneType"), ("max", ValueError, "one of .*'mass', 'relative'.*got 'max'")],
+BAD_RULES = {
     "threshold": [
         ("0.1", TypeError, "float or a float tensor .*got str"),
         (True, TypeError, "got bool"),
@@ -160,17 +167,37 @@ BAD_CONFIGS = {
         (torch.zeros(2, 2), ValueError, r"shape \[2, 2\]"),
         (torch.zeros(2).int(), ValueError, "floating-point tensor.*int32"),
     ],
-    "estimator": [("mean", ValueError, "one of .*'moments', 'scan'.*got 'mean'"), (None, ValueError, "got None")],
-    "query_pool": [(3, ValueError, "one of .*16.* rows, got 3"), (None, ValueError, "got None")],
-    "query_stride": [(32, ValueError, "None or one of .*16.* rows, got 32")],
-    "sub_block": [(1, ValueError, "one of .*64.* keys, got 1"), (128, ValueError, "keys, got 128")],
+    "pool": [
+        (3, ValueError, "one of .*16.* rows, got 3"),
+        (32, ValueError, "rows, got 32"),
+        (None, ValueError, "got None"),
+        (True, ValueError, "got True"),
+    ],
+    "pool_mode": [("max", ValueError, "one of .*'last', 'mean'.*got 'max'"), (None, ValueError, "got None")],
+    "sub_block": [(2, ValueError, "one of .*64.* keys, got 2"), (128, ValueError, "keys, got 128")],
+    "bits": [(2, ValueError, "one of .*4, 8.*, got 2"), (16, ValueError, "got 16"), (8.0, ValueError, "got 8.0")],
+    "max_blocks": [(0, ValueError, "at least 1 blocks, got 0"), (2.0, TypeError, "an int .*blocks.*got 2.0")],
+}
+
+BAD_CONFIGS = {
+    "rule": [
+        (None, TypeError, "a sale_flex.Rule, .*got None"),
+        ("mass", TypeError, "got 'mass'"),
+        (Mass, TypeError, "got <class .*Mass'>"),
+    ],
+    "on_miss": [("raise", ValueError, "one of .*'report', 'dense'.*got 'raise'"), (None, ValueError, "got None")],
+    "miss_bound": [
+        (1.5, ValueError, r"a share in \[0, 1\], got 1.5"),
+        (-0.1, ValueError, "got -0.1"),
+        (float("nan"), ValueError, "got nan"),
+        ("0.2", TypeError, "a float, got '0.2'"),
+        (True, TypeError, "a float, got True"),
+    ],
     "block_size": [((32, 32), ValueError, r"\(64, 64\).*got \(32, 32\)"), ((64,), ValueError, "query rows, keys")],
-    "bits": [(2, ValueError, "4 or 8, got 2"), (16, ValueError, "4 or 8, got 16")],
     "sink_tokens": [(-1, ValueError, "at least 0 tokens, got -1"), (1.5, TypeError, "an int .*got 1.5")],
     "local_tokens": [(0, ValueError, "at least 1 tokens, got 0"), (None, TypeError, "an int .*got None")],
     "min_length": [(-1, ValueError, "at least 0 tokens, got -1"), (True, TypeError, "an int .*got True")],
     "smooth_tokens": [(-5, ValueError, "at least 0 tokens, got -5"), ("1k", TypeError, "an int .*got '1k'")],
-    "max_blocks": [(0, ValueError, "at least 1 blocks, got 0"), (2.0, TypeError, "an int .*blocks.*got 2.0")],
 }
 
 
@@ -183,13 +210,36 @@ def test_config_refuses(field):
             replace(SaleConfig(), **{field: value})
 
 
+@pytest.mark.parametrize(("rule", "field"), [(rule, x.name) for rule in (Mass, Relative) for x in fields(rule)])
+def test_rules_refuse(rule, field):
+    for value, error, message in BAD_RULES[field]:
+        with pytest.raises(error, match=f"{field} must .*{message}"):
+            rule(**{field: value})
+        with pytest.raises(error, match=f"{field} must "):
+            SaleConfig(rule()).with_options(**{field: value})
+        with pytest.raises(error, match=f"{field} must "):
+            SaleConfig.from_options(rule.name, **{field: value})
+
+
+def test_flat_options_name_the_known_ones():
+    with pytest.raises(
+        ValueError, match=r"fields of rule 'mass', bits, max_blocks, .*, or of SaleConfig, .*got 'bitz'"
+    ):
+        SaleConfig.from_options(bitz=4)
+    with pytest.raises(ValueError, match=r"fields of rule 'relative', bits, threshold, or .*got 'pool'"):
+        SaleConfig.from_options("relative", pool=4)
+    with pytest.raises(ValueError, match=r"rule must be one of .*'mass', 'relative'.*got 'max'"):
+        SaleConfig.from_options("max")
+    assert SaleConfig.from_options(pool=8, sink_tokens=3) == SaleConfig(Mass(pool=8), sink_tokens=3)
+
+
 def test_a_sub_block_must_fit_its_block():
     with pytest.raises(ValueError, match=r"sub_block must be at most the 32 keys of a block, got 64; take a smaller"):
-        replace(SaleConfig(sub_block=64), block_size=(64, 32))
+        replace(SaleConfig(Mass(sub_block=64)), block_size=(64, 32))
 
 
 def test_index_lists_must_have_room_for_what_is_always_kept():
-    config = SaleConfig(max_blocks=4, min_length=200)
+    config = SaleConfig(Mass(max_blocks=4), min_length=200)
     with pytest.raises(
         ValueError, match=r"max_blocks must have room for the \d+ blocks that are kept in any case.*got 4"
     ):
@@ -197,19 +247,22 @@ def test_index_lists_must_have_room_for_what_is_always_kept():
 
 
 def test_every_option_is_checked():
-    assert set(BAD_CONFIGS) == set(SaleConfig.__dataclass_fields__)
+    assert set(BAD_CONFIGS) == {x.name for x in fields(SaleConfig)}
+    assert set(BAD_RULES) == {x.name for rule in (Mass, Relative) for x in fields(rule)}
 
 
 def test_config_is_frozen_and_compares_by_value():
-    config = SaleConfig(threshold=torch.tensor([0.1, 0.2]), block_size=[64, 32])
+    config = SaleConfig(Mass(torch.tensor([0.1, 0.2])), block_size=[64, 32])
     assert config.block_size == (64, 32)
     with pytest.raises(FrozenInstanceError):
-        config.bits = 8
-    assert config == SaleConfig(threshold=torch.tensor([0.1, 0.2]), block_size=(64, 32))
-    assert config != replace(config, threshold=torch.tensor([0.1, 0.3]))
-    assert config != replace(config, threshold=0.1)
+        config.rule.bits = 8
+    with pytest.raises(FrozenInstanceError):
+        config.rule = Mass()
+    assert config == SaleConfig(Mass(torch.tensor([0.1, 0.2])), block_size=(64, 32))
+    assert config != config.with_options(threshold=torch.tensor([0.1, 0.3]))
+    assert config != config.with_options(threshold=0.1)
     assert config != "config"
-    assert len({SaleConfig(), SaleConfig(), SaleConfig(bits=4)}) == 2
+    assert len({SaleConfig(), SaleConfig(), SaleConfig(Mass(bits=4))}) == 2
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -4,7 +4,6 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,10 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., torch.Tens
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "configs.json"
-    table = {"mine": SMALL | {"threshold": 0.1}, "paper": SMALL | {"metric": "relative", "threshold": 5.0}}
+    table = {
+        "mine": SMALL | {"rule": {"threshold": 0.1}},
+        "paper": SMALL | {"rule": {"name": "relative", "bits": 8, "threshold": 5.0}},
+    }
     path.write_text(json.dumps(table))
     return path
 
@@ -72,7 +74,7 @@ def make_inputs(length: int = 300, heads: int = 4, kv_heads: int = 2) -> Inputs:
 
 def small(name: str) -> SaleConfig:
     """A named config that drops blocks of a thousand tokens."""
-    return replace(configs.NAMED[name], threshold=1.0 if name == "relative" else 0.03, **SMALL)
+    return configs.NAMED[name].with_options(threshold=1.0 if name == "relative" else 0.03, **SMALL)
 
 
 def test_rows_tell_everything(eager, config_file, tmp_path, capsys):
@@ -117,7 +119,7 @@ def test_a_short_call_is_dense_and_says_so(eager, tmp_path):
     assert bench("--configs", "fast,relative", "--lengths", "256", "--baselines", "sdpa", "--json", path) == 0
     rows = json.loads(path.read_text())
     assert {row["not_run"] for row in rows if row["name"] in NAMES[:-1]} == {
-        "the call is dense sdpa: no more keys than min_length"
+        "the call ran dense scaled_dot_product_attention: no more keys than min_length"
     }
     assert all(row["ms"] > 0 and row["density"] == 1 for row in rows if row["name"] == "sale_attention")
 
@@ -130,7 +132,7 @@ def test_the_threshold_is_searched_for_a_density(eager, config_file, tmp_path):
     assert [row["target_density"] for row in rows[::8]] == [0.5, 0.65] * 2
     for row in rows:
         assert row["density"] == pytest.approx(row["target_density"], abs=0.03)
-        assert row["threshold"] != row["config_fields"]["threshold"]
+        assert row["threshold"] != row["config_fields"]["rule"]["threshold"]
 
 
 def test_json_alone(eager, config_file, capsys):
@@ -259,7 +261,7 @@ def test_nothing_is_timed_when_an_output_is_wrong(eager, monkeypatch, config_fil
 
 def test_out_of_memory_is_a_row_and_not_the_end(eager, config_file, monkeypatch, tmp_path, capsys):
     def fail_paper(inputs: Inputs, config: SaleConfig, *rest: Any) -> list[results.Row]:
-        if config.metric == "relative":
+        if config.rule.name == "relative":
             raise torch.OutOfMemoryError("tried to allocate\nmore")
         return measure.measure(inputs, config, *rest)
 
@@ -303,9 +305,12 @@ def test_bad_arguments(arguments, reason, capsys):
         ("{", "is not JSON"),
         ("[]", "must map a name to fields of SaleConfig"),
         ("{}", "must map a name to fields of SaleConfig"),
-        ('{"a": {"treshold": 1}}', "'a': SaleConfig has no field 'treshold'; it has metric, threshold"),
-        ('{"a": {}, "b": {"bits": 5}}', "'b': bits must be 4 or 8, got 5"),
-        ('{"a": {"threshold": [0.1, 0.2]}}', "'a': threshold must be a float"),
+        ('{"a": {"min_lenght": 1}}', "'a': SaleConfig has no field 'min_lenght'; it has rule, block_size"),
+        ('{"a": {"rule": {"treshold": 1}}}', "'a': rule: rule 'mass' has no field 'treshold'; it has threshold, pool"),
+        ('{"a": {}, "b": {"rule": {"bits": 5}}}', "'b': rule.bits must be one of (4, 8), got 5"),
+        ('{"a": {"rule": {"threshold": [0.1, 0.2]}}}', "'a': rule.threshold must be a float"),
+        ('{"a": {"rule": {"name": "mas"}}}', "must be one of ('mass', 'relative'), got 'mas'"),
+        ('{"a": {"rule": "mass"}}', "'a': rule must be a JSON object, got 'mass'"),
     ],
 )
 def test_bad_config_files(tmp_path, text, reason):
@@ -341,7 +346,7 @@ def test_stages_do_what_the_whole_does(name, eager):
     mask = parts.mask
     assert 0.1 < count_kept(inputs, config).density < 0.95
     kept = block_map(mask).kept
-    listed = stages.Stages(inputs, config).runs()["compact"]()
+    listed = stages.Stages(inputs, config).runs()["compact"]().lists
     flags = torch.zeros_like(kept)
     flags |= decode_list(listed.partial_num, listed.partial_idx, kept.shape[-1])
     flags |= decode_list(listed.full_num, listed.full_idx, kept.shape[-1])
@@ -459,7 +464,7 @@ def test_compiled(config_file, tmp_path):
     assert bench(*arguments) == 0
     rows = json.loads(path.read_text())
     assert not [row["name"] for row in rows if row["not_run"]]
-    assert {row["path"] for row in rows} == {"dense sdpa on the first 64 rows, torch scan + flex on the others"}
+    assert {row["path"] for row in rows} == {"flex_attention after 64 dense rows"}
 
 
 def test_devices(monkeypatch):

@@ -100,7 +100,8 @@ def test_a_setting_without_its_whole_call_is_refused(rows, tmp_path, capsys):
         show(path, rows[:-1])
 
 
-CONFIGS = {"mine": {"bits": 8, "block_size": [64, 32], "threshold": 0.1, "max_blocks": None, "metric": "mass"}}
+RULE = {"name": "mass", "threshold": 0.1, "bits": 8, "max_blocks": None}
+CONFIGS = {"mine": {"rule": RULE, "block_size": [64, 32]}}
 
 
 @SETTINGS
@@ -113,7 +114,7 @@ def test_damaged_configs(tmp_path_factory, damaged):
     message = complaint(lambda: found.extend(configs.parse_configs(str(file)).values()))
     whole = message is not None and "must map a name to fields of SaleConfig, one object per name" in message
     assert message is None or (f"--configs {file}" in message and (whole or named(path, message))), (path, message)
-    assert all(type(config.bits) is int and type(config.threshold) is float for config in found)
+    assert all(type(config.rule.bits) is int and type(config.rule.threshold) is float for config in found)
 
 
 @pytest.mark.parametrize("path", [path for path in places(CONFIGS) if path], ids=lambda path: ".".join(map(str, path)))

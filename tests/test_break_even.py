@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sale_flex import SaleConfig, create_sale_block_mask
-from sale_flex.break_even import FAMILIES, KEPT_KEYS, LEAST, MOST, Costs, _solve, break_even_length, early_rows
+from sale_flex import Mass, SaleConfig, create_sale_block_mask
+from sale_flex.break_even import FAMILIES, KEPT_KEYS, LEAST, MOST, Costs, _solve, break_even_length, dense_prefix
 from sale_flex.testing import Shape, any_in_block, block_map, causal_mask, structured_inputs
 
 
@@ -48,15 +48,15 @@ def test_the_h200_keeps_eight_thousand_tokens_dense():
 def test_a_processor_without_a_gpu_goes_sparse_early():
     assert break_even_length("cpu") == 1024
     query = torch.zeros(1, 1, 8, 64)
-    assert early_rows(query, SaleConfig()) == 1024
-    assert early_rows(query, SaleConfig(min_length=77)) == 77
+    assert dense_prefix(query, SaleConfig().min_length) == 1024
+    assert dense_prefix(query, 77) == 77
 
 
 def test_the_default_is_the_break_even_position():
     shape = Shape(1500, 1500, head_dim=32)
     inputs = structured_inputs(shape, 0)
     default, same = (
-        block_map(create_sale_block_mask(inputs.query, inputs.key, SaleConfig(threshold=1.0, min_length=n))).kept
+        block_map(create_sale_block_mask(inputs.query, inputs.key, SaleConfig(Mass(1.0), min_length=n))).kept
         for n in (None, 1024)
     )
     assert torch.equal(default, same)

@@ -2,7 +2,9 @@
 """`calibrate` and `evaluate` on the bundled model: what is found, interrupted, resumed, and said of the loss."""
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +23,18 @@ from transformers import (
 )
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import Calibration, SaleConfig, calibrate
+from sale_flex import Calibration, Mass, SaleConfig, calibrate
+from sale_flex.break_even import break_even_length
 from sale_flex.calibration import evaluate, work
 from sale_flex.calibration import model as running
 from sale_flex.calibration.meter import Silent, TimedLines, make_meter
 from sale_flex.calibration.texts import as_texts
 from sale_flex.demo.model import PACKAGED
 from sale_flex.demo.prompt import held_out_texts
+
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from config_harness import as_rule
 
 CONFIG = SaleConfig(min_length=64, local_tokens=64)
 TARGET = 0.1
@@ -196,7 +203,7 @@ def interrupted(model, texts, tmp_path_factory):
         ({"target": 0.2}, r"target is 0\.1 there and 0\.2 here"),
         ({"error": "absolute"}, "error is 'relative' there and 'absolute' here"),
         ({"search": "halving"}, "search is 'bisection' there and 'halving' here"),
-        ({"config": replace(CONFIG, bits=4)}, r"config\.bits is 8 there and 4 here"),
+        ({"config": CONFIG.with_options(bits=4)}, r"config\.rule\.bits is 8 there and 4 here"),
         ({"resume": False}, "holds an interrupted calibration: go on with it by resume=True"),
     ],
 )
@@ -251,6 +258,15 @@ def test_texts_that_are_dense_by_length_leave_layers_uncalibrated(model, texts):
     assert both.unused == ()
 
 
+def test_min_length_is_stored_as_it_is_on_the_device(model, texts, tmp_path):
+    options = {"config": SaleConfig(min_length=None), "out": tmp_path, "progress": Silent(0)}
+    calibration = calibrate(model, [texts[0][:, :64]], **options)
+    stored = json.loads((tmp_path / "config.json").read_text())["config"]["min_length"]
+    assert type(stored) is int
+    assert stored == calibration.config.min_length == break_even_length(model.device, model.config.head_dim)
+    assert same(calibrate(model, [texts[0][:, :64]], **options, resume=True), calibration)
+
+
 def test_padded_batches(model, texts):
     ids = torch.cat(texts[:2])
     mask = torch.ones_like(ids)
@@ -264,7 +280,7 @@ def test_padded_batches(model, texts):
 
 
 def test_the_model_is_left_as_it_was(model, texts):
-    mine = SaleConfig(threshold=0.125, min_length=99)
+    mine = SaleConfig(Mass(0.125), min_length=99)
     configured(model, mine)
     model.train()
     try:
@@ -412,7 +428,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):
 @pytest.mark.parametrize("metric", ["mass", "relative"])
 def test_on_a_gpu(metric, texts):
     model = AutoModelForCausalLM.from_pretrained(PACKAGED, dtype=torch.bfloat16).to("cuda")
-    config = replace(CONFIG, metric=metric)
+    config = as_rule(CONFIG, metric)
     calibration = calibrate(model, texts[:2], config=config, target=TARGET, progress=Silent(0))
     assert (calibration.errors <= TARGET).all()
     assert (calibration.densities < 1).any()

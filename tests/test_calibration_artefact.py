@@ -2,7 +2,6 @@
 """A calibration's files: what is in them, what comes back, and what is refused."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sale_flex
-from sale_flex import Calibration, SaleConfig
-from sale_flex.block_mask import EVERY_ROW
+from sale_flex import AuxRequest, Calibration, Mass, SaleConfig
 from sale_flex.calibration import Evaluation, Text
 from sale_flex.calibration.goal import Goal
+from sale_flex.call import EVERY_ROW
 
 
 def evaluation(layers: int = 3, heads: int = 4, seed: int = 0) -> Evaluation:
@@ -26,7 +25,7 @@ def evaluation(layers: int = 3, heads: int = 4, seed: int = 0) -> Evaluation:
 def calibration(**fields) -> Calibration:
     thresholds = torch.tensor([[0.25, 0.0, 2**-14, 1.0], [0.0] * 4, [0.0] * 4])
     given = {
-        "config": SaleConfig(min_length=128, block_size=(128, 64), query_stride=4, max_blocks=99),
+        "config": SaleConfig(Mass(pool=4, pool_mode="last", max_blocks=99), min_length=128, block_size=(128, 64)),
         "thresholds": thresholds,
         "layers": (0, 1, 3),
         "goal": Goal(0.05),
@@ -60,7 +59,7 @@ def test_round_trip(tmp_path, fields):
     made.save_pretrained(tmp_path / "new" / "folder")
     read = Calibration.from_pretrained(tmp_path / "new" / "folder")
     assert_same(made, read)
-    assert read.config == replace(made.config, threshold=SaleConfig.threshold)
+    assert read.config == made.config.with_options(threshold=SaleConfig().rule.threshold)
     assert (read.goal, read.layers, read.unused) == (made.goal, made.layers, made.unused)
     assert read.on.texts == made.on.texts
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"config.json", "thresholds.safetensors"}
@@ -69,11 +68,14 @@ def test_round_trip(tmp_path, fields):
 def test_the_files_are_readable(tmp_path):
     calibration().save_pretrained(str(tmp_path))
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored["format"] == 1
+    assert stored["format"] == 2
     assert stored["model"] == "a/model"
     assert (stored["layers"], stored["heads"], stored["dense_heads"], stored["unused"]) == ([0, 1, 3], 4, 5, [3])
     assert (stored["target"], stored["error"], stored["search"]) == (0.05, "relative", "bisection")
     assert stored["config"]["block_size"] == [128, 64]
+    assert stored["config"]["rule"] == {
+        "name": "mass", "pool": 4, "pool_mode": "last", "sub_block": 1, "bits": 8, "max_blocks": 99,
+    }  # fmt: skip
     assert "threshold" not in stored["config"]
     assert stored["on"]["texts"][0] == {
         "sha256": "ab" * 32, "shape": [1, 512], "targets": 511, "loss_dense": 2.5, "loss_sparse": 2.75,
@@ -113,11 +115,11 @@ def test_the_summary_says_what_matters():
 def test_the_config_of_a_layer():
     made = calibration()
     config = made.layer_config(0)
-    assert torch.equal(config.threshold, made.thresholds[0])
-    assert config == replace(made.config, threshold=made.thresholds[0])
-    assert torch.equal(made.layer_config(0, slice(2, 4), "cpu").threshold, made.thresholds[0, 2:])
+    assert torch.equal(config.rule.threshold, made.thresholds[0])
+    assert config == made.config.with_threshold(made.thresholds[0])
+    assert torch.equal(made.layer_config(0, slice(2, 4), "cpu").rule.threshold, made.thresholds[0, 2:])
     dense = made.layer_config(3)
-    assert (dense.min_length, dense.threshold.tolist()) == (EVERY_ROW, [0.0] * 4)
+    assert (dense.min_length, dense.rule.threshold.tolist()) == (EVERY_ROW, [0.0] * 4)
     with pytest.raises(ValueError, match=r"layer must be one of the calibrated ones, 0-1, 3, got 2\."):
         made.layer_config(2)
 
@@ -125,11 +127,12 @@ def test_the_config_of_a_layer():
 def test_a_layer_runs():
     config = calibration().layer_config(0)
     query = torch.randn(1, 4, 300, 32)
-    output, stats = sale_flex.sale_attention(query, query, query, config, stats=True)
+    output, (_, stats) = sale_flex.sale_attention(query, query, query, config, return_aux=AuxRequest(stats=True))
     assert output.isfinite().all()
     assert stats.kept_blocks.shape == (1, 4)
-    stats = sale_flex.sale_attention(query, query, query, calibration().layer_config(3), stats=True).stats
-    assert stats.path.startswith("dense sdpa")
+    dense, wanted = calibration().layer_config(3), AuxRequest(stats=True)
+    _, (_, stats) = sale_flex.sale_attention(query, query, query, dense, return_aux=wanted)
+    assert stats.path is sale_flex.Path.DENSE_SDPA
 
 
 def test_the_shape_has_to_fit():
@@ -168,7 +171,7 @@ def change(folder, **fields):
 @pytest.mark.parametrize(
     ("spoil", "error", "match"),
     [
-        (lambda folder: change(folder, format=2), ValueError, "must be of format 1, got 2"),
+        (lambda folder: change(folder, format=1), ValueError, "must be of format 2, got 1"),
         (lambda folder: (folder / "config.json").unlink(), FileNotFoundError, "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), ValueError, "is not JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), ValueError, "must hold a JSON object"),
@@ -176,7 +179,7 @@ def change(folder, **fields):
         (lambda folder: (folder / "thresholds.safetensors").write_bytes(b"x" * 99), ValueError, "is no safetensors"),
         (lambda folder: change(folder, heads=5), ValueError, r"thresholds as float32 \[3, 5\].*got .* \[3, 4\]"),
         (lambda folder: change(folder, layers=[0, 1]), ValueError, r"thresholds as float32 \[2, 4\]"),
-        (lambda folder: change(folder, config={"bits": 4}), ValueError, "incomplete calibration: 'block_size'"),
+        (lambda folder: change(folder, config={"min_length": 4}), ValueError, "incomplete calibration: 'block_size'"),
         (
             lambda folder: save_file({"thresholds": torch.zeros(3, 4)}, folder / "thresholds.safetensors"),
             ValueError,

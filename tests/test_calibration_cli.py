@@ -5,18 +5,20 @@ import json
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.image import imread
 
-from sale_flex import Calibration
+from sale_flex import Calibration, Mass, Relative, SaleConfig
 from sale_flex.calibration.artefact import CONFIG
 from sale_flex.calibration.command import read_texts
 from sale_flex.cli import main
 from sale_flex.demo.model import PACKAGED
 from sale_flex.demo.prompt import HELD_OUT, standard_library
+from sale_flex.stored import stored_config
 
 OPTIONS = ["--min-length", "64", "--target", "0.2", "--device", "cpu"]
 
@@ -66,6 +68,19 @@ def test_calibrate_goes_on(done, text, capsys):
     assert "error is 'relative' there and 'absolute' here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["relative", "file"])
+def test_calibrate_takes_a_config(text, tmp_path, given):
+    config = SaleConfig(Relative(), min_length=64)
+    if given == "file":
+        config = SaleConfig(Mass.fast(sub_block=16), min_length=64, sink_tokens=16)
+        given = str(tmp_path / "config.json")
+        Path(given).write_text(json.dumps(stored_config(config, threshold=True)))
+    arguments = ["--config", given, "--block-size", "64,32", "--lengths", "128"]
+    assert calibrate(text, tmp_path / "out", *arguments) == 0
+    found = Calibration.from_pretrained(tmp_path / "out").config
+    assert found == replace(config, block_size=(64, 32)).with_threshold(found.rule.threshold)
+
+
 def test_calibrate_says_how_to_go_on(text, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -82,6 +97,9 @@ def test_calibrate_says_how_to_go_on(text, tmp_path, capsys, monkeypatch):
         (["--lengths", "100000"], "--lengths must be at most 8192 tokens"),
         (["--target", "0"], "target must be above 0"),
         (["--min-length", "-1"], "min_length must be at least 0"),
+        (["--config", "slow"], "--config must be a JSON file or one of default, fast, relative, got 'slow'"),
+        (["--config", "no-such.json"], "no-such.json"),
+        (["--block-size", "65,64"], "--block-size must be"),
         (["--texts", "no-such-file"], "no-such-file is not there"),
         (["--transfer", "no-such-file"], "no-such-file is not there"),
     ],
@@ -198,7 +216,7 @@ def test_inspect_refuses(done, capsys, monkeypatch, tmp_path, arguments, message
 def test_inspect_refuses_other_formats(done, capsys, tmp_path):
     (tmp_path / CONFIG).write_text('{"format": 0}')
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "must be of format 1, got 0" in capsys.readouterr().err
+    assert "must be of format 2, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

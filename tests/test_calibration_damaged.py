@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sale_flex import Calibration, SaleConfig
+from sale_flex import Calibration, Mass, SaleConfig
 from sale_flex.calibration import Evaluation, Text
-from sale_flex.calibration.artefact import config_dict
 from sale_flex.calibration.goal import Goal
 from sale_flex.calibration.record import RECORD, Record
+from sale_flex.stored import stored_config
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from damage_harness import complaint, damages, named, places, replaced
@@ -27,7 +27,7 @@ HASHES = {part: {"bfloat16": "0" * 32, "float16": "1" * 32} for part in ("decode
 def calibration() -> Calibration:
     on, transfer = (Evaluation(torch.full((2, 3), 0.125), torch.full((2, 3), 0.5), TEXTS) for _ in range(2))
     return Calibration(
-        config=SaleConfig(min_length=128, max_blocks=99),
+        config=SaleConfig(Mass(max_blocks=99), min_length=128),
         thresholds=torch.tensor([[0.25, 0.0, 1.0], [0.0, 0.0, 0.0]]),
         layers=(0, 3),
         goal=Goal(0.05),
@@ -93,7 +93,7 @@ def test_no_field_can_hold_just_anything(folder, path):
         (("target",), "0.05", "target must be a number above 0, got '0.05'"),
         (("layers",), [3, 0], "layers must ascend, each layer once, got [3, 0]"),
         (("unused",), [2], "unused must be among the layers, got [2]"),
-        (("config", "bits"), 4.0, "config.bits must be an integer, 0 or more, got 4.0"),
+        (("config", "rule", "bits"), 4.0, "config.rule.bits must be one of (4, 8), got 4.0"),
         (("config", "block_size"), [65, 64], "config.block_size must be (query rows, keys)"),
         (("transfer",), 1, "transfer must be null or a JSON object, got 1"),
     ],
@@ -147,7 +147,7 @@ def test_damaged_tensors(folder, name, tensor):
 
 
 SETTINGS = {
-    "model": "a/model", "layers": [0, 3], "heads": 3, "config": config_dict(SaleConfig()), "target": 0.05,
+    "model": "a/model", "layers": [0, 3], "heads": 3, "config": stored_config(SaleConfig()), "target": 0.05,
     "weights": HASHES, "texts": ["ab" * 32, "cd" * 32],
 }  # fmt: skip
 MEASURED = {"thresholds": [0.5, 0.0, 1.0], "errors": [0.1, 0.2, 0.3], "kept": [1, 2, 3], "visible": [4, 5, 6]}

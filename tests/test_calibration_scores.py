@@ -8,25 +8,28 @@ from hypothesis import strategies as st
 
 from sale_flex import SaleConfig
 from sale_flex.bits import unpack_bits
-from sale_flex.block_mask import make_bounds
-from sale_flex.calibration.scores import LADDER, _eighths, _mass_limits, _scores_of, _steps_reached, block_scores
+from sale_flex.call import check_arguments, settle
 from sale_flex.fallback import mass
-from sale_flex.rules import RULES
+from sale_flex.index_lists import Room
+from sale_flex.rules.ladder import LADDER, scores_of, steps_reached
+from sale_flex.rules.mass_scores import _eighths, _mass_limits
 from sale_flex.testing import Shape, structured_inputs
 from sale_flex.testing.strategies import calls, seeds
+from sale_flex.user_mods import UserMods
 
 STEPS = (0.0, *LADDER)
 
 
-def hits(query, key, config, bounds, threshold):
+def settled(query, key, config, q_offset=None, kv_range=None):
+    """A plain call with room for every block in its index lists."""
+    call = settle(check_arguments(query, key, None, config, UserMods(), q_offset, kv_range, None, None))
+    return call._replace(room=Room(*[call.grid.key_blocks] * len(Room._fields)))
+
+
+def hits(query, key, config, threshold, **positions):
     """The rule's own hits at one threshold, bool ``[B, Hq, nq, nk]``."""
-    rule = RULES[config.metric]
-    thresholds = torch.full((query.shape[1],), threshold)
-    blocks = -(-key.shape[2] // config.block_size[1])
-    codes = rule.codes(key, bounds, config)
-    scale = query.shape[3] ** -0.5
-    words, _ = rule.estimate(query, key, codes, bounds, False, thresholds, scale, config, blocks)
-    return unpack_bits(words, blocks)
+    call = settled(query, key, config.with_threshold(threshold), **positions)
+    return unpack_bits(call.rule.select(call, call.rule.codes(call), None).hits, call.grid.key_blocks)
 
 
 def test_the_ladder_has_eight_steps_to_an_octave_that_floats_hold_exactly():
@@ -46,10 +49,10 @@ def test_scores_are_the_rules_hits(call, seed, data):
         query[0, 0, seed % shape.q_len, 0] = torch.inf
         key[0, 0, seed % shape.kv_len, 0] = torch.nan
     positions = shape.positions()
-    bounds = make_bounds(query, key, positions["q_offset"], positions["kv_range"])
-    scores = block_scores(query, key, config, bounds, shape.head_dim**-0.5)
+    call = settled(query, key, config, **positions)
+    scores = call.rule.scores(call)
     for step in {0, len(STEPS) - 1, *data.draw(st.sets(st.integers(0, len(STEPS) - 1), max_size=8), "steps")}:
-        assert torch.equal(scores >= STEPS[step], hits(query, key, config, bounds, STEPS[step]))
+        assert torch.equal(scores >= STEPS[step], hits(query, key, config, STEPS[step], **positions))
 
 
 @given(seeds(), st.integers(1, 40))
@@ -59,7 +62,7 @@ def test_limits_of_masses_are_the_decisions(seed, octaves):
     sums = (torch.rand(1, 30, 1, 20, generator=generator) * 2 - 1).mul(octaves).exp2()
     finite = torch.rand(1, 30, 1, generator=generator) < 0.9
     candidate, flagged = torch.ones(30, 1, 20, dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
-    found = _scores_of(_steps_reached(_eighths(sums), _mass_limits(sums, finite))).amax(2)
+    found = scores_of(steps_reached(_eighths(sums), _mass_limits(sums, finite))).amax(2)
     for step in STEPS:
         hit, _ = mass.decide(sums, finite, candidate, flagged, torch.full((1, 1, 1), step), 20)
         assert torch.equal(found >= step, hit)
@@ -72,9 +75,9 @@ def test_every_step_of_a_call_that_uses_many(metric, amplitude):
     shape = Shape(1024, 1024, heads=2, head_dim=32)
     query, key, _ = structured_inputs(shape, 3)
     query = query * amplitude
-    config = SaleConfig(metric=metric, min_length=0, sink_tokens=0, local_tokens=8)
-    bounds = make_bounds(query, key, None, None)
-    scores = block_scores(query, key, config, bounds, shape.head_dim**-0.5)
+    config = SaleConfig.from_options(metric, bits=8, min_length=0, sink_tokens=0, local_tokens=8)
+    call = settled(query, key, config)
+    scores = call.rule.scores(call)
     assert len(scores.unique()) > 20
     for step in STEPS:
-        assert torch.equal(scores >= step, hits(query, key, config, bounds, step))
+        assert torch.equal(scores >= step, hits(query, key, config, step))

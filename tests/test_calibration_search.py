@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The search of one attention call: the errors it measures, the steps it takes, and what it finds."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,13 @@ from hypothesis import strategies as st
 import sale_flex
 from sale_flex import SaleConfig, mods
 from sale_flex.calibration.goal import Goal
-from sale_flex.calibration.scores import LADDER
 from sale_flex.calibration.search import Call, find_thresholds
+from sale_flex.rules.ladder import LADDER
 from sale_flex.testing import Shape, structured_inputs
+
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from config_harness import as_rule
 
 SHAPE = Shape(512, 512, heads=4, kv_heads=2, head_dim=64)
 CONFIG = SaleConfig(min_length=64, local_tokens=32)
@@ -24,7 +30,7 @@ def brute_force(query, key, value, config, options, error):
     call = Call(query, key, value, config, options)
     return torch.stack(
         [
-            call.errors(sale_flex.sale_attention(query, key, value, replace(config, threshold=step), **options), error)
+            call.errors(sale_flex.sale_attention(query, key, value, config.with_threshold(step), **options), error)
             for step in (0.0, *LADDER)
         ]
     )
@@ -35,7 +41,7 @@ def brute_force(query, key, value, config, options, error):
 @pytest.mark.parametrize("options", [{}, {"mask_mod": mods.sliding_window(300)}], ids=["scores", "scans"])
 def test_bisection_finds_the_largest_step_within_the_target(metric, error, options):
     query, key, value = structured_inputs(SHAPE, 4)
-    config = replace(CONFIG, metric=metric)
+    config = as_rule(CONFIG, metric)
     errors = brute_force(query, key, value, config, options, error)
     # Where errors of consecutive steps straddle the target once only, the largest step is the one bisection ends at.
     target = errors[1:].flatten().quantile(0.7).item() * 1.001
@@ -52,7 +58,7 @@ def test_calls_with_sinks_are_searched():
     options = {"sink_logits": torch.linspace(-1.0, 3.0, 4), "scale": 0.1}
     call = Call(query, key, value, CONFIG, options)
     found = find_thresholds(call, Goal(0.05))
-    measured = call.measure(replace(CONFIG, threshold=found), "relative")
+    measured = call.measure(CONFIG.with_threshold(found), "relative")
     assert (measured.errors <= 0.05).all()
     assert (measured.kept < measured.visible).all()
 
@@ -61,11 +67,11 @@ def test_calls_with_sinks_are_searched():
 def test_halving_is_the_papers(error):
     query, key, value = structured_inputs(SHAPE, 6)
     query = query * 2
-    config = replace(CONFIG, metric="relative", sink_tokens=4, local_tokens=4)
+    config = as_rule(CONFIG, "relative").with_options(sink_tokens=4, local_tokens=4)
     call = Call(query, key, value, config)
 
     def error_at(tau):
-        output = sale_flex.sale_attention(query, key, value, replace(config, threshold=tau))
+        output = sale_flex.sale_attention(query, key, value, config.with_threshold(tau))
         difference, dense = (each.double().abs().sum(-1).mean(2)[0] for each in (output - call.dense, call.dense))
         return difference / dense if error == "relative" else difference
 
@@ -117,7 +123,7 @@ def test_errors_are_of_the_worst_batch_row_and_leave_padding_out():
     query, key, value = structured_inputs(shape, 7)
     options = shape.positions()
     call = Call(query, key, value, CONFIG, options)
-    output = sale_flex.sale_attention(query, key, value, replace(CONFIG, threshold=0.1), **options)
+    output = sale_flex.sale_attention(query, key, value, CONFIG.with_threshold(0.1), **options)
     difference, dense = (output - call.dense).double().abs(), call.dense.double().abs()
     rows = [slice(100, 512), slice(0, 400)]
     relative = [difference[b, :, at].sum((1, 2)) / dense[b, :, at].sum((1, 2)) for b, at in enumerate(rows)]

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import Calibration, SaleConfig, calibrate
+from sale_flex import Calibration, Mass, SaleConfig, calibrate
 from sale_flex.calibration import Evaluation, Text, evaluate, weights
 from sale_flex.calibration.goal import Goal
 from sale_flex.calibration.meter import Silent
@@ -160,7 +160,8 @@ def test_configure_warns_of_other_weights(model):
         sale_hf.configure(trained, own)
     assert caught[0].filename == __file__
     states = [module._sale_flex for module in sale_hf.attention_layers(trained).values()]
-    assert all(state.config.threshold.tolist() == [0.25, 0.25] for state in states)  # it is configured all the same
+    # It is configured all the same.
+    assert all(state.config.rule.threshold.tolist() == [0.25, 0.25] for state in states)
 
 
 def test_configure_says_nothing_of_the_same_weights(model):
@@ -181,7 +182,7 @@ def test_configure_takes_what_knows_of_layers_alone(model):
             assert layers == {0: 2, 1: 2}
 
         def layer_config(self, layer):
-            return SaleConfig(threshold=0.125)
+            return SaleConfig(Mass(0.125))
 
     sale_hf.configure(sparse(model), Layers())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask
 
-from sale_flex import SaleConfig, flex, sale_attention
+from sale_flex import Mass, SaleConfig, flex, sale_attention
 from sale_flex.bridge import describe, program, sized
 from sale_flex.bridge.sized import mod_tables
 from sale_flex.testing import assert_attention_close
@@ -125,7 +125,7 @@ def test_a_mod_for_any_size_shows_the_same(make):
 def test_one_program_serves_all_sizes(make, programs, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_cheaply)
     for length in LENGTHS:
-        sale_attention(*tensors(length), CONFIG, mask_mod=make(length), causal=False)
+        sale_attention(*tensors(length), CONFIG, mask_mod=make(length), is_causal=False)
     assert programs.cache_info().currsize == 1
 
 
@@ -179,7 +179,7 @@ class TestOnInductor:
                 return s + bias[h, kv] * table[(q - kv) % 5]
 
             inputs = tensors(length)
-            output = sale_attention(*inputs, CONFIG, mask_mod=mask, score_mod=score, causal=False)
+            output = sale_attention(*inputs, CONFIG, mask_mod=mask, score_mod=score, is_causal=False)
             torch.testing.assert_close(output, dense(inputs, whole(mask, length), score), atol=2e-5, rtol=1e-5)
         assert programs.cache_info().currsize == 1
 
@@ -189,7 +189,7 @@ class TestOnInductor:
             mask = MASKS["closure"](length)
             block_mask = create_block_mask(mask, None, None, length, length, device="cpu", BLOCK_SIZE=64)
             mine = Documents(length)
-            output = sale_attention(*inputs, CONFIG, block_mask=block_mask, mask_mod=mine, causal=False)
+            output = sale_attention(*inputs, CONFIG, block_mask=block_mask, mask_mod=mine, is_causal=False)
             assert_attention_close(output, *inputs, whole(mask, length))
         assert programs.cache_info().currsize == 1
 
@@ -201,7 +201,7 @@ class TestOnInductor:
                 return (ids[q] == ids[kv]) & (torch.lgamma(ids[q] + 1.0) > -1)
 
             inputs = tensors(length)
-            output = sale_attention(*inputs, CONFIG, mask_mod=mask, causal=False, estimate_mods="ignore")
+            output = sale_attention(*inputs, CONFIG, mask_mod=mask, is_causal=False, estimate_mods="ignore")
             assert_attention_close(output, *inputs, whole(mask, length))
         assert programs.cache_info().currsize == 2
 
@@ -214,7 +214,7 @@ class TestOnInductor:
             def mask(b, h, q, kv):
                 return (ids[q] == ids[kv]) & (twice[q] >= twice[kv])
 
-            return sale_attention(query, key, value, CONFIG, mask_mod=mask, causal=False) @ project
+            return sale_attention(query, key, value, CONFIG, mask_mod=mask, is_causal=False) @ project
 
         counter = CompileCounterWithBackend("inductor")
         compiled = torch.compile(layer, fullgraph=True, backend=counter)
@@ -228,15 +228,17 @@ class TestOnInductor:
         for length in (160, 200):
             ids = torch.arange(length) // 50
             with pytest.raises(Exception, match="out of bounds"):
-                sale_attention(*tensors(length), CONFIG, mask_mod=partial(beyond, ids), causal=False)
+                sale_attention(*tensors(length), CONFIG, mask_mod=partial(beyond, ids), is_causal=False)
 
 
 @pytest.mark.gpu
 def test_captured_sizes_change_on_a_gpu_too():
-    config = SaleConfig(threshold=0.0, min_length=0)
+    config = SaleConfig(Mass(0.0), min_length=0)
     for length in LENGTHS:
         ids = torch.arange(length, device="cuda") // 50
         inputs = [torch.randn(1, 2, length, 32, generator=torch.Generator().manual_seed(n)) for n in range(3)]
         on_gpu = (x.cuda() for x in inputs)
-        output = sale_attention(*on_gpu, config, mask_mod=lambda b, h, q, kv, ids=ids: ids[q] == ids[kv], causal=False)
+        output = sale_attention(
+            *on_gpu, config, mask_mod=lambda b, h, q, kv, ids=ids: ids[q] == ids[kv], is_causal=False
+        )
         assert_attention_close(output.cpu(), *inputs, (ids[:, None] == ids).cpu()[None, None])

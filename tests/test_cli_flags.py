@@ -20,6 +20,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "bench/captured.py:write_captured": ("capture",),
     "bench/capture.py": ("capture",),
     "bench/configs.py": ("bench",),
+    "bench/configs.py:parse_config": ("calibrate",),
     "bench/model.py": ("capture",),
     "bench/plan.py": ("bench",),
     "bench/plan.py:find_device": ("bench", "capture"),

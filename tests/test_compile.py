@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Under torch.compile, and through the programs we compile: no break, few compilations, never silently dense."""
 
+import pathlib
+import sys
 from dataclasses import replace
 from functools import cache, partial
 
@@ -9,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import flex_attention
 
-from sale_flex import SaleConfig, create_sale_block_mask, flex, sale_attention
+from sale_flex import AuxRequest, Mass, Path, Relative, SaleConfig, create_sale_block_mask, flex, sale_attention
 from sale_flex.testing import (
     Inputs,
     Shape,
@@ -20,7 +22,11 @@ from sale_flex.testing import (
     structured_inputs,
 )
 
-CONFIG = SaleConfig(metric="relative", threshold=0.3, min_length=64, local_tokens=24, smooth_tokens=64)
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+
+from config_harness import as_rule
+
+CONFIG = SaleConfig(Relative(0.3, bits=8), min_length=64, local_tokens=24, smooth_tokens=64)
 
 
 compile_cheaply = partial(torch.compile, backend="eager")
@@ -44,7 +50,7 @@ LENGTHS = [*range(300, 700, 40), 257, 333, 512, 640, 701, 768, 645, 1000, 900, 8
 
 @pytest.mark.parametrize(("backend", "metric"), [("inductor", "mass"), ("aot_eager", "mass"), ("inductor", "relative")])
 def test_a_compiled_caller_has_one_graph_and_compiles_at_most_twice_over_twenty_lengths(backend, metric):
-    config = replace(CONFIG, metric=metric)
+    config = as_rule(CONFIG, metric)
     assert len(set(LENGTHS)) == 20
     counter = CompileCounterWithBackend(backend)
 
@@ -68,10 +74,12 @@ def test_a_compiled_caller_has_one_graph_and_compiles_at_most_twice_over_twenty_
 
 @pytest.mark.parametrize("metric", ["mass", "relative"])
 def test_chunks_padding_and_stats_trace_without_a_break(metric):
-    config = replace(CONFIG, metric=metric)
+    config = as_rule(CONFIG, metric)
 
     def model(query, key, value, offset, ranges):
-        return sale_attention(query, key, value, config, q_offset=offset, kv_range=ranges, stats=True)
+        return sale_attention(
+            query, key, value, config, q_offset=offset, kv_range=ranges, return_aux=AuxRequest(stats=True)
+        )
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -79,10 +87,10 @@ def test_chunks_padding_and_stats_trace_without_a_break(metric):
         shape = Shape(q_len, kv_len, 2, 4, 2, 32, q_offset=offset, kv_range=((0, kv_len), (70, kv_len - 9)))
         inputs = structured_inputs(shape, kv_len)
         ranges = shape.positions()["kv_range"]
-        output, stats = compiled(*inputs, torch.tensor(offset), ranges)
-        expected = sale_attention(*inputs, config, stats=True, **shape.positions()).stats
-        assert stats.path == expected.path
-        assert stats.path.endswith("+ flex")
+        output, (_, stats) = compiled(*inputs, torch.tensor(offset), ranges)
+        expected = sale_attention(*inputs, config, return_aux=AuxRequest(stats=True), **shape.positions())[1].stats
+        assert stats.describe() == expected.describe()
+        assert (stats.path, stats.reason) == (Path.FLEX, "")
         assert torch.equal(stats.kept_blocks, expected.kept_blocks)
         assert torch.equal(stats.visible_blocks, expected.visible_blocks)
         assert_attention_close(output, *inputs, seen_of(shape, inputs, config))
@@ -90,12 +98,65 @@ def test_chunks_padding_and_stats_trace_without_a_break(metric):
 
 
 def test_a_short_prompt_traces_to_dense_attention():
-    compiled = torch.compile(lambda *x: sale_attention(*x, CONFIG, stats=True), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *x: sale_attention(*x, CONFIG, return_aux=AuxRequest(stats=True)), fullgraph=True, backend="aot_eager"
+    )
     shape = Shape(60, 60, heads=4, kv_heads=2, head_dim=32)
     inputs = structured_inputs(shape, 0)
-    output, stats = compiled(*inputs)
-    assert stats.path == "dense sdpa: no more keys than min_length"
+    output, (_, stats) = compiled(*inputs)
+    assert (stats.path, stats.reason) == (Path.DENSE_SDPA, "no more keys than min_length")
     assert_attention_close(output, *inputs, causal_mask(shape))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_caller_may_return_what_ran_and_ask_for_it(backend):
+    shape = Shape(300, 300, heads=4, kv_heads=2, head_dim=32)
+    inputs = structured_inputs(shape, 0)
+    ahead = replace(CONFIG, min_length=300)
+
+    def model(query, key, value):
+        output, aux = sale_attention(query, key, value, CONFIG, return_aux=AuxRequest(stats=True))
+        dense, of_dense = sale_attention(query, key, value, ahead, return_aux=AuxRequest(stats=True))
+        if aux.stats.ran_dense or not of_dense.stats.path.is_dense or of_dense.stats.path is not Path.DENSE_SDPA:
+            output = output * torch.nan
+        return output, aux, dense, of_dense
+
+    output, aux, dense, of_dense = torch.compile(model, fullgraph=True, backend=backend)(*inputs)
+    _, expected = sale_attention(*inputs, CONFIG, q_offset=0, return_aux=AuxRequest(stats=True))
+    assert (type(aux), type(aux.stats)) == (type(expected), type(expected.stats))
+    assert aux.lse is None
+    # The rows of the dense prefix are of the one program, and are computed apart outside of it.
+    assert (aux.stats.path, aux.stats.reason, aux.stats.dense_rows) == (Path.FLEX, "", 0)
+    assert aux.stats.path is Path.FLEX
+    assert aux.stats.describe() == expected.stats.describe() == "flex_attention"
+    assert (of_dense.stats.path, of_dense.stats.reason) == (Path.DENSE_SDPA, "no more keys than min_length")
+    assert torch.equal(aux.stats.kept_blocks, expected.stats.kept_blocks)
+    assert torch.equal(of_dense.stats.kept_blocks, of_dense.stats.visible_blocks)
+    assert_attention_close(output, *inputs, seen_of(shape, inputs))
+    assert_attention_close(dense, *inputs, causal_mask(shape))
+
+
+OWN = {"min_length": 64, "local_tokens": 24, "smooth_tokens": 64}
+MADE = {
+    "mass": lambda: SaleConfig(Mass(0.1, pool=2), **OWN),
+    "relative": lambda: SaleConfig(Relative(0.3, bits=8), **OWN),
+    "fast": lambda: SaleConfig(Mass.fast(0.1), **OWN),
+    "the default rule at another threshold": lambda: SaleConfig(**OWN).with_threshold(0.1),
+    "flat options": lambda: SaleConfig.from_options("mass", threshold=0.1, **OWN),
+    "a changed copy": lambda: CONFIG.with_options(threshold=0.2, smooth_tokens=32),
+    "another rule": lambda: replace(CONFIG, rule=Mass(0.1)),
+}
+"""Name -> how a user makes a config."""
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_a_config_may_be_made_in_a_compiled_function(make):
+    shape = Shape(300, 300, heads=4, kv_heads=2, head_dim=32)
+    inputs = structured_inputs(shape, 0)
+    output = torch.compile(lambda *x: sale_attention(*x, make()), fullgraph=True, backend="aot_eager")(*inputs)
+    seen = seen_of(shape, inputs, make())
+    assert not torch.equal(seen, causal_mask(shape).expand_as(seen))
+    assert_attention_close(output, *inputs, seen)
 
 
 def test_a_block_mask_made_in_a_compiled_function_serves_outside():
@@ -179,6 +240,7 @@ def test_a_fused_projection_with_a_rotary_embedding_is_read_right_by_inductor():
     hidden = torch.randn(1, 160, 64, generator=generator)
     weight, turn = torch.randn(64, 8 * 32, generator=generator) / 8, torch.rand(160, 32, generator=generator)
     project = torch.randn(4 * 32, 64, generator=generator) / 8
+    config = as_rule(CONFIG, "mass")
 
     def rotated(x):
         first, second = x.chunk(2, -1)
@@ -187,7 +249,7 @@ def test_a_fused_projection_with_a_rotary_embedding_is_read_right_by_inductor():
     def layer(hidden):
         parts = (hidden @ weight).split((4 * 32, 2 * 32, 2 * 32), -1)
         query, key, value = (x.view(1, 160, heads, 32).transpose(1, 2) for x, heads in zip(parts, (4, 2, 2)))
-        output = sale_attention(rotated(query), rotated(key), value, replace(CONFIG, metric="mass", threshold=0.0))
+        output = sale_attention(rotated(query), rotated(key), value, config.with_options(threshold=0.0))
         return output.transpose(1, 2).reshape(1, 160, -1) @ project
 
     with torch.no_grad():

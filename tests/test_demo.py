@@ -47,8 +47,8 @@ GOOD = Report(
     device="cpu",
     device_name="some CPU",
     dtype="float32",
-    config={"threshold": 0.004, "block_size": (64, 64)},
-    path="torch scan + flex",
+    config={"rule": {"name": "mass", "threshold": 0.004}, "block_size": [64, 64]},
+    path="flex_attention",
     head_density=[[0.25, 0.5], [0.75, 1.0]],
     versions={},
 )
@@ -187,7 +187,7 @@ def test_random_model_fails_the_task_and_says_so(
     assert report.keys() >= KEYS
     assert report["tokens"] == 2816
     assert report["device"] == "cpu"
-    assert report["path"] == "dense sdpa on the first 1024 rows, torch scan + flex on the others"
+    assert report["path"] == "flex_attention after 1024 dense rows"
     assert torch.tensor(report["head_density"]).shape == (2, 2)
     assert 0 < report["density"] < 1
     assert report["dense_seconds"] > 0 < report["sale_seconds"]

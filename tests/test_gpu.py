@@ -11,7 +11,18 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import flex_attention
 
-from sale_flex import SaleConfig, create_sale_block_mask, ops, reference, sale_attention, unpack_int4
+import sale_flex
+from sale_flex import (
+    AuxRequest,
+    Mass,
+    Relative,
+    SaleConfig,
+    create_sale_block_mask,
+    ops,
+    reference,
+    sale_attention,
+    unpack_int4,
+)
 from sale_flex.testing import (
     Inputs,
     Shape,
@@ -46,25 +57,19 @@ VARIANTS = {
 def variant(request):
     shape, block_size, bits = VARIANTS[request.param]
     config = SaleConfig(
-        metric="relative",
-        threshold=0.1,
-        min_length=0,
-        local_tokens=48,
-        smooth_tokens=200,
-        block_size=block_size,
-        bits=bits,
+        Relative(0.1, bits=bits), min_length=0, local_tokens=48, smooth_tokens=200, block_size=block_size
     )
     return shape, config, selective_inputs(shape, 1)
 
 
-MOMENTS = {"estimator": "moments", "query_stride": None}
+MOMENTS = {"pool_mode": "mean", "sub_block": 8}
 MASS = {
     "default": {},
     "moments of 8": MOMENTS,
-    "moments of 4, pools of 1": MOMENTS | {"sub_block": 4, "query_pool": 1},
-    "moments of 32, pools of 16": MOMENTS | {"sub_block": 32, "query_pool": 16},
-    "scan of means": {"query_stride": None},
-    "scan, every 8th row": {"query_stride": 8},
+    "moments of 4, pools of 1": MOMENTS | {"pool": 1, "sub_block": 4},
+    "moments of 32, pools of 16": MOMENTS | {"pool": 16, "sub_block": 32},
+    "scan of means": {"pool_mode": "mean"},
+    "scan, every 8th row": {"pool": 8, "pool_mode": "last"},
 }
 
 
@@ -80,18 +85,18 @@ def test_codes_and_scales_are_the_references_bit_for_bit(variant):
     mean = reference.key_mean(inputs.key, bounds, config.smooth_tokens)
     assert torch.equal(ops.key_mean(key, bounds.cuda(), config.smooth_tokens).cpu(), mean)
 
-    codes, scale = reference.quantize_rows(inputs.query, config.bits)
-    got_codes, got_scale = ops.quantize_rows(query, config.bits)
+    codes, scale = reference.quantize_rows(inputs.query, config.rule.bits)
+    got_codes, got_scale = ops.quantize_rows(query, config.rule.bits)
     assert torch.equal(got_codes[:, :, : shape.q_len].cpu(), codes)
     assert not got_codes[:, :, shape.q_len :].any()
     assert torch.equal(got_scale.cpu(), scale)
 
     group = config.block_size[1]
-    codes, scale = reference.quantize_groups(inputs.key, mean, bounds, group, config.bits)
-    got_codes, got_scale = ops.quantize_groups(key, mean.cuda(), bounds.cuda(), group, config.bits)
+    codes, scale = reference.quantize_groups(inputs.key, mean, bounds, group, config.rule.bits)
+    got_codes, got_scale = ops.quantize_groups(key, mean.cuda(), bounds.cuda(), group, config.rule.bits)
     assert torch.equal(got_codes[:, :, : shape.kv_len].cpu(), codes)
     assert torch.equal(got_scale[..., : scale.shape[2]].cpu(), scale)
-    if config.bits == 4:
+    if config.rule.bits == 4:
         packed, _ = ops.quantize_groups(key, mean.cuda(), bounds.cuda(), group, 4, True)
         assert torch.equal(unpack_int4(packed), got_codes)
 
@@ -101,8 +106,8 @@ def test_moments_are_the_references_bit_for_bit(variant, estimate):
     shape, config, inputs = variant
     bounds = reference.make_bounds(shape.batch, shape.q_len, shape.kv_len, **shape.positions())
     mean = reference.key_mean(inputs.key, bounds, config.smooth_tokens)
-    options = reference.mass_options(replace(config, metric="mass", **estimate))
-    sizes = options.block_size[1], options.sub_block, config.bits
+    options = reference.mass_options(replace(config, rule=Mass(bits=config.rule.bits, **estimate)))
+    sizes = options.block_size[1], options.sub_block, config.rule.bits
     expected = reference.quantize_moments(inputs.key, mean, bounds, *sizes)
     *got, _ = ops.quantize_moments(on_gpu(inputs).key, mean.cuda(), bounds.cuda(), *sizes)
     for x, wanted in zip(got, expected):
@@ -113,7 +118,7 @@ def test_moments_are_the_references_bit_for_bit(variant, estimate):
 @pytest.mark.parametrize("estimate", MASS.values(), ids=MASS)
 def test_blocks_of_the_mass_rule_are_the_references(variant, estimate, record_property):
     shape, config, inputs = variant
-    config = replace(config, metric="mass", threshold=0.05, **estimate)
+    config = replace(config, rule=Mass(0.05, bits=config.rule.bits, **estimate))
     expected = reference.keep_map(inputs.query, inputs.key, config, dtype=torch.float64, **shape.positions())
     query, key, _ = on_gpu(inputs)
     mask, stats = create_sale_block_mask(query, key, config, stats=True, **shape.positions("cuda"))
@@ -150,17 +155,17 @@ def test_output_is_attention_over_the_kept_blocks(variant):
     mask, stats = create_sale_block_mask(device.query, device.key, config, stats=True, **where)
     assert_selective(stats.density)
     seen = seen_of(shape, mask)
-    output, same = sale_attention(*device, config, stats=True, **where)
-    assert same.path == stats.path == "triton scan + flex"
+    output, same = sale_attention(*device, config, return_aux=AuxRequest(stats=True), **where)
+    assert same.path is stats.path is sale_flex.Path.FLEX
     assert_attention_close(output.cpu(), *inputs, seen)
     assert not output.cpu()[~seen.any(-1).expand(output.shape[:3])].any()
     # Through the same program: everything.
-    dense = sale_attention(*device, replace(config, threshold=0.0), **where)
+    dense = sale_attention(*device, config.with_threshold(0.0), **where)
     assert_attention_close(dense.cpu(), *inputs, causal_mask(shape))
 
 
 FIRST = VARIANTS["bf16 128"][0]
-CONFIG = SaleConfig(metric="relative", threshold=0.1, min_length=0, local_tokens=48, smooth_tokens=200)
+CONFIG = SaleConfig(Relative(0.1, bits=8), min_length=0, local_tokens=48, smooth_tokens=200)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
@@ -181,9 +186,7 @@ def test_nonfinite_numbers_show_where_dense_attention_shows_them(where, special)
     getattr(inputs, where)[0, 1, 400, 7] = special
     device = on_gpu(inputs)
     positions = FIRST.positions("cuda")
-    sparse, dense = (
-        sale_attention(*device, replace(CONFIG, threshold=threshold), **positions) for threshold in (0.5, 0.0)
-    )
+    sparse, dense = (sale_attention(*device, CONFIG.with_threshold(threshold), **positions) for threshold in (0.5, 0.0))
     assert not dense.isfinite().all()
     assert torch.equal(sparse.isnan(), dense.isnan())
     assert torch.equal(sparse.isinf(), dense.isinf())
@@ -192,10 +195,10 @@ def test_nonfinite_numbers_show_where_dense_attention_shows_them(where, special)
 def call_of(inputs: Inputs):
     """A call whose arguments are all tensors on the device, and made before."""
     positions = FIRST.positions("cuda") | {"q_offset": torch.tensor(300, device="cuda")}
-    config = replace(CONFIG, threshold=torch.full((6,), 0.1, device="cuda"))
+    config = CONFIG.with_threshold(torch.full((6,), 0.1, device="cuda"))
 
     def call() -> tuple[torch.Tensor, ...]:
-        output, stats = sale_attention(*inputs, config, stats=True, **positions)
+        output, (_, stats) = sale_attention(*inputs, config, return_aux=AuxRequest(stats=True), **positions)
         mask = create_sale_block_mask(inputs.query, inputs.key, config, value=inputs.value, **positions)
         return output, stats.density, mask.kv_num_blocks, mask.full_kv_num_blocks
 
@@ -265,7 +268,7 @@ def test_memory_beyond_inputs_and_output_is_at_most_one_and_a_half_times_the_que
         torch.randn(1, heads, shape.kv_len, 128, device="cuda", dtype=shape.dtype, generator=generator)
         for heads in sizes
     ]
-    config = SaleConfig(metric="relative", threshold=1.0, min_length=1024)
+    config = SaleConfig(Relative(1.0, bits=8), min_length=1024)
     sale_attention(*inputs, config)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -6,19 +6,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sale_flex import SaleConfig, create_sale_block_mask
-from sale_flex.index_lists import LIST_BYTES, QUERY_SHARE, list_widths
+from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask
+from sale_flex.geometry import Grid
+from sale_flex.index_lists import LIST_BYTES, QUERY_SHARE, Room, plain_room
 from sale_flex.testing import Shape, block_map, structured_inputs
 
 
 def query_of(length: int, heads: int = 32, dim: int = 128, batch: int = 1, *, cuda: bool = True) -> SimpleNamespace:
-    """What `list_widths` looks at, without the memory."""
+    """What `plain_room` looks at, without the memory."""
     return SimpleNamespace(shape=(batch, heads, length, dim), is_cuda=cuda, element_size=lambda: 2)
 
 
-def widths(length: int, config: SaleConfig | None = None, from_zero: bool = True, **of_query):
-    config = config or SaleConfig(threshold=0.01)
-    return list_widths(query_of(length, **of_query), length, config, 9216, from_zero)
+def widths(length: int, config: SaleConfig | None = None, no_left_padding: bool = True, **of_query) -> Room:
+    config = config or SaleConfig(Mass(0.01))
+    grid = Grid(length, length, *config.block_size)
+    return plain_room(query_of(length, **of_query), grid, config, 9216, no_left_padding)
 
 
 @pytest.mark.parametrize("cuda", [False, True])
@@ -42,30 +44,32 @@ def test_long_calls_take_a_share_of_the_querys_memory():
 
 
 def test_what_may_be_dense_keeps_its_room():
-    dense = SaleConfig(threshold=0.0)
-    per_head = SaleConfig(threshold=torch.full((32,), 0.01))
-    relative = SaleConfig(metric="relative", threshold=0.01)
+    dense = SaleConfig(Mass(0.0))
+    per_head = SaleConfig(Mass(torch.full((32,), 0.01)))
+    relative = SaleConfig(Relative(0.01, bits=8))
     for config in (dense, per_head, relative):
         assert widths(131072, config) == (4, 2048, 2048)
 
 
 def test_padding_may_make_every_block_partial():
-    assert widths(131072, from_zero=False).partial == 2048
+    assert widths(131072, no_left_padding=False).partial == 2048
 
 
 def test_too_little_room_is_refused():
-    with pytest.raises(ValueError, match=r"config\.max_blocks must have room for the \d+ blocks .* got 40; raise"):
-        widths(65536, SaleConfig(max_blocks=40))
-    assert widths(65536, SaleConfig(max_blocks=400)).full == 400
+    with pytest.raises(
+        ValueError, match=r"config\.rule\.max_blocks must have room for the \d+ blocks .* got 40; raise"
+    ):
+        widths(65536, SaleConfig(Mass(max_blocks=40)))
+    assert widths(65536, SaleConfig(Mass(max_blocks=400))).full == 400
 
 
 def test_blocks_without_room_are_counted_and_the_heaviest_stay():
     shape = Shape(1400, 1400, heads=2, kv_heads=1, head_dim=64)
     inputs = structured_inputs(shape, 0)
-    config = SaleConfig(threshold=1e-4, min_length=0, local_tokens=16, sink_tokens=4)
+    config = SaleConfig(Mass(1e-4), min_length=0, local_tokens=16, sink_tokens=4)
     free, counts = create_sale_block_mask(inputs.query, inputs.key, config, stats=True)
     assert not counts.dropped_blocks.any()
-    tight = SaleConfig(threshold=1e-4, min_length=0, local_tokens=16, sink_tokens=4, max_blocks=12)
+    tight = SaleConfig(Mass(1e-4, max_blocks=12), min_length=0, local_tokens=16, sink_tokens=4)
     mask, counts = create_sale_block_mask(inputs.query, inputs.key, tight, stats=True)
     kept, all_kept = block_map(mask).kept, block_map(free).kept
     assert counts.dropped_blocks.all()

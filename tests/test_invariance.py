@@ -14,14 +14,14 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from sale_flex import SaleConfig, create_sale_block_mask, ops, reference
+from sale_flex import Relative, SaleConfig, create_sale_block_mask, ops, reference
 from sale_flex.reference import KeepMap
 from sale_flex.testing import Inputs, Shape, assert_same_blocks, block_map, mass_error_bound, structured_inputs
 from sale_flex.testing.strategies import calls, configs, seeds, shapes
 
 WHOLE = shapes(min_tokens=300, max_tokens=700, batch=1, groups=(1, 2, 3), head_dims=(32,), chunked=False, padded=False)
 SELECTIVE = configs(max_min_length=100, max_window=24)
-RELATIVE = configs(metrics=("relative",), max_min_length=100, max_window=24)
+RELATIVE = configs(kinds=(Relative,), max_min_length=100, max_window=24)
 
 
 def kept(inputs: Inputs, config: SaleConfig, **where) -> torch.Tensor:
@@ -39,7 +39,7 @@ def one_shot(inputs: Inputs, config: SaleConfig, **where) -> KeepMap:
 
 def within(inputs: Inputs, config: SaleConfig) -> float:
     """How far from the threshold a block may be that changes sides."""
-    return mass_error_bound(inputs.query, inputs.key) if config.metric == "mass" else 1e-5
+    return mass_error_bound(inputs.query, inputs.key) if config.rule.name == "mass" else 1e-5
 
 
 def rows_of(expected: KeepMap, rows: slice, columns: slice) -> KeepMap:
@@ -53,12 +53,12 @@ def check_keys_of_chunk(key: torch.Tensor, of_chunk: torch.Tensor, config: SaleC
     def coded(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         bounds = reference.make_bounds(1, 1, x.shape[2], kv_range=torch.tensor([[start, x.shape[2]]]))
         mean = ops.key_mean(x, bounds, config.smooth_tokens)
-        if config.metric == "relative":
-            codes, scale = ops.quantize_groups(x, mean, bounds, group, config.bits)
+        if config.rule.name == "relative":
+            codes, scale = ops.quantize_groups(x, mean, bounds, group, config.rule.bits)
             groups = (of_chunk.shape[2] - start) // group
             return mean, codes[:, :, : start + groups * group], scale[..., :groups]
         sub_block = reference.mass_options(config).sub_block
-        *codes_and_scales, _ = ops.quantize_moments(x, mean, bounds, group, sub_block, config.bits)
+        *codes_and_scales, _ = ops.quantize_moments(x, mean, bounds, group, sub_block, config.rule.bits)
         blocks = of_chunk.shape[2] // group
         return mean, *(x[:, :, : blocks * (group // sub_block if x.dim() == 4 else 1)] for x in codes_and_scales)
 
@@ -123,7 +123,7 @@ def test_left_padding_that_shifts_the_grid_changes_no_statistic_and_no_score_of_
     shape, seed, config, amount, garbage
 ):
     inputs = structured_inputs(shape, seed)
-    group, bits = config.block_size[1], config.bits
+    group, bits = config.block_size[1], config.rule.bits
     results = []
     for padding in (0, amount):
         query, key, _ = (torch.nn.functional.pad(x, (0, 0, padding, 0), value=garbage) for x in inputs)
@@ -177,8 +177,8 @@ def test_heads_choose_their_blocks_whatever_their_order(shape, seed, config, ord
     tau = torch.logspace(-3, 0, shape.heads)
     query_order = torch.tensor([head * group + n for head in order for n in range(group)])
     ordered = Inputs(inputs.query[:, query_order], inputs.key[:, order], inputs.value[:, order])
-    expected = one_shot(inputs, replace(config, threshold=tau), **shape.positions())
-    chosen = kept(ordered, replace(config, threshold=tau[query_order]), **shape.positions())
+    expected = one_shot(inputs, config.with_options(threshold=tau), **shape.positions())
+    chosen = kept(ordered, config.with_options(threshold=tau[query_order]), **shape.positions())
     shuffled = KeepMap(*(x if x.shape[1] == 1 else x[:, query_order] for x in expected))
     assert_same_blocks(chosen, shuffled, within(inputs, config))
 
@@ -187,7 +187,7 @@ def test_heads_choose_their_blocks_whatever_their_order(shape, seed, config, ord
 @given(seeds(), st.integers(1, 60))
 def test_keys_after_a_row_change_nothing_for_it(metric, seed, later):
     shape = Shape(512, 512, heads=2, kv_heads=1, head_dim=32)
-    config = SaleConfig(metric=metric, threshold=0.1, min_length=0, local_tokens=32, smooth_tokens=128)
+    config = SaleConfig.from_options(metric, threshold=0.1, bits=8, min_length=0, local_tokens=32, smooth_tokens=128)
     inputs = structured_inputs(shape, seed)
     expected = one_shot(inputs, config)
     changed = inputs.key.clone()

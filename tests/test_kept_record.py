@@ -23,17 +23,17 @@ SHAPES = {
     "padded": Shape(500, 500, batch=2, heads=3, kv_heads=3, head_dim=32, kv_range=((0, 490), (77, 500))),
 }
 CLOSE = 1e-3
-MOMENTS = {"estimator": "moments", "query_stride": None}
+MOMENTS = {"pool_mode": "mean", "sub_block": 8}
 CONFIGS = {
     "default": {},
-    "8th row": {"query_stride": 8, "threshold": 0.03},
+    "8th row": {"threshold": 0.03, "pool": 8, "pool_mode": "last"},
     "fast": MOMENTS | {"bits": 4, "threshold": 0.03},
-    "moments of 4 in 8 bits": MOMENTS | {"sub_block": 4, "query_pool": 2},
-    "means of queries": {"query_stride": None, "bits": 4},
+    "moments of 4 in 8 bits": MOMENTS | {"pool": 2, "sub_block": 4},
+    "means of queries": {"pool_mode": "mean", "bits": 4},
     "64 by 32": {"block_size": (64, 32)},
     "128 by 128": {"block_size": (128, 128)},
-    "relative": {"metric": "relative", "bits": 4, "threshold": 0.1},
-    "relative in 8 bits, 128 by 64": {"metric": "relative", "block_size": (128, 64), "threshold": 0.1},
+    "relative": {"rule": "relative", "threshold": 0.1, "bits": 4},
+    "relative in 8 bits, 128 by 64": {"rule": "relative", "bits": 8, "threshold": 0.1, "block_size": (128, 64)},
 }
 CASES = [(shape, config) for shape in SHAPES for config in CONFIGS]
 
@@ -42,7 +42,7 @@ def kept_blocks(shape: str, config: str) -> tuple[torch.Tensor, SaleConfig, torc
     """Kept blocks of a seeded case, bool ``[B, Hq, nq, nk]``, and what they were chosen from."""
     inputs = structured_inputs(SHAPES[shape], 11, topic=6.0)
     common = {"threshold": 0.05, "min_length": 0, "sink_tokens": 8, "local_tokens": 32, "smooth_tokens": 100}
-    made = SaleConfig(**common | CONFIGS[config])
+    made = SaleConfig.from_options(**common | CONFIGS[config])
     mask = create_sale_block_mask(inputs.query, inputs.key, made, **SHAPES[shape].positions())
     return block_map(mask).kept, made, inputs.query, inputs.key
 

@@ -47,16 +47,16 @@ VARIANTS = (
 
 def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
     """Make masks for 32K tokens and 32 heads that share 8 heads of keys, by both rules, and pack codes."""
-    from sale_flex import SaleConfig, create_sale_block_mask, ops
+    from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask, ops
     from sale_flex.kernels import audit
 
     query, key = (torch.empty(1, heads, 32768, dim, dtype=getattr(torch, dtype), device="meta") for heads in (32, 8))
     sizes = {"block_size": (block_q, block_k), "min_length": 1024}
-    relative = SaleConfig(metric="relative", **sizes)
+    relative = SaleConfig(Relative(bits=8), **sizes)
     create_sale_block_mask(query, key, relative, value=key)
     create_sale_block_mask(query, key, relative, kv_range=torch.empty(1, 2, dtype=torch.int32, device="meta"))
-    for config in (SaleConfig(**sizes), SaleConfig(bits=4, **sizes), SaleConfig.fast(**sizes)):
-        create_sale_block_mask(query, key, config)
+    for rule in (Mass(), Mass(bits=4), Mass.fast()):
+        create_sale_block_mask(query, key, SaleConfig(rule, **sizes))
     ops.quantize_rows(query, 4, packed=True)
     bits = torch.empty(1, 32, 32768 // block_q, 32768 // block_k // 32, dtype=torch.int32, device="meta")
     bounds = torch.empty(1, 3, dtype=torch.int32, device="meta")

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import sale_flex
-from sale_flex import KeyCodes, mods, ops, pack_int4, sale_attention, unpack_int4
-from sale_flex.rules import RULES
+from sale_flex import AuxRequest, KeyCodes, mods, ops, pack_int4, sale_attention, unpack_int4
+from sale_flex.call import check_arguments, settle
 from sale_flex.testing import Inputs, Shape, structured_inputs
 from sale_flex.testing.strategies import configs, seeds
+from sale_flex.user_mods import UserMods
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
@@ -63,12 +63,11 @@ def test_codes_with_a_store_are_the_codes_without(rule, block_size, ranges):
     lengths = []
     for query, key, where in chunks(inputs, [0, 200, 333, 384, 700], ranges):
         past = key.shape[2] - query.shape[2]
-        bounds = sale_flex.block_mask.make_bounds(query, key, None, where.get("kv_range"))
-        reuse = sale_flex.key_codes.reuse_of(codes, query, key, None)
+        given = check_arguments(query, key, None, config, UserMods(), None, where.get("kv_range"), None, codes)
         assert codes.length <= past
-        ours = RULES[config.metric].codes(key, bounds, config, reuse=reuse)
-        expected = RULES[config.metric].codes(key, bounds, config)
-        if config.metric == "relative":
+        ours = config.rule.codes(settle(given))
+        expected = config.rule.codes(settle(given._replace(reuse=None)))
+        if config.rule.name == "relative":
             # The scales of groups behind the last key mean nothing.
             blocks = -(-key.shape[2] // block_size[1])
             ours, expected = ((*x[:2], x[2][..., :blocks]) for x in (ours, expected))
@@ -98,7 +97,7 @@ def test_one_shot_and_chunks_with_a_store_choose_the_same_blocks():
     [
         {"score_mod": mods.softcap(5.0)},
         {"mask_mod": mods.sliding_window(200)},
-        {"causal": False},
+        {"is_causal": False},
         {"score_mod": lambda score, b, h, q_idx, kv_idx: score + (kv_idx % 7) * 0.1},
     ],
     ids=["soft cap", "window", "not causal", "rough"],
@@ -118,11 +117,12 @@ def test_outputs_are_the_same():
     inputs, codes = structured_inputs(SHAPE, 7), KeyCodes()
     for query, key, _ in chunks(inputs, [0, 256, 640]):
         value = inputs.value[:, :, : key.shape[2]]
-        output = sale_attention(query, key, value, SPARSE, key_codes=codes, stats=True)
-        expected = sale_attention(query, key, value, SPARSE, stats=True)
-        assert torch.equal(output.output, expected.output)
-        assert torch.equal(output.stats.kept_blocks, expected.stats.kept_blocks)
-        assert output.stats.path == expected.stats.path
+        aux = AuxRequest(stats=True)
+        output, (_, stats) = sale_attention(query, key, value, SPARSE, key_codes=codes, return_aux=aux)
+        expected, (_, counts) = sale_attention(query, key, value, SPARSE, return_aux=aux)
+        assert torch.equal(output, expected)
+        assert torch.equal(stats.kept_blocks, counts.kept_blocks)
+        assert stats.describe() == counts.describe()
 
 
 def watch(monkeypatch, name: str) -> list[Tensor]:
@@ -140,7 +140,7 @@ def watch(monkeypatch, name: str) -> list[Tensor]:
 @every_rule
 def test_only_keys_that_are_not_stored_are_coded(rule, monkeypatch):
     inputs, config, codes = structured_inputs(SHAPE, 1), config_of(rule), KeyCodes()
-    coded = watch(monkeypatch, "quantize_groups" if config.metric == "relative" else "quantize_moments")
+    coded = watch(monkeypatch, "quantize_groups" if config.rule.name == "relative" else "quantize_moments")
     expected = []
     for query, key, _ in chunks(inputs, [0, 90, 200, 290, 300, 640]):
         expected.append((key.shape[2] - codes.length, key.data_ptr() + codes.length * key.stride(2) * 4))

@@ -18,6 +18,7 @@ from key_codes_harness import (
     SPARSE,
     assert_chunks_agree,
     blocks_of,
+    changed,
     chunks,
     config_of,
     every_rule,
@@ -53,7 +54,7 @@ def test_an_overwritten_key_that_is_a_sample_is_noticed(rule):
     codes = filled(config, inputs)
     inputs.key[1, 0, 255] += 1.0
     # Of the relative rule the block of that key is kept, of the mass rule all of the head's.
-    columns = slice(3, 4) if config.metric == "relative" else slice(0, 7)
+    columns = slice(3, 4) if config.rule.name == "relative" else slice(0, 7)
     query, key = next_chunk(inputs)
     kept = blocks_of(query, key, config, codes).kept
     expected = blocks_of(query, key, config).kept
@@ -61,7 +62,7 @@ def test_an_overwritten_key_that_is_a_sample_is_noticed(rule):
     assert kept[1, :2, 1:, columns].all()
     assert not expected[1, :2, 1:, columns].all()
     others = torch.ones_like(kept)
-    others[1, :2, :, columns if config.metric == "relative" else slice(None)] = False
+    others[1, :2, :, columns if config.rule.name == "relative" else slice(None)] = False
     assert torch.equal(kept[others], expected[others])
 
 
@@ -105,7 +106,7 @@ def test_other_padding_is_noticed(rule):
     # of a block is not what tells it.
     inputs.key[1, :, 255] = inputs.key[1, :, 319] = inputs.key[1, :, 199]
     after = {"kv_range": torch.tensor([[0, 640], [0, 640]])}
-    columns = slice(3, 5) if config.metric == "relative" else slice(0, 5)
+    columns = slice(3, 5) if config.rule.name == "relative" else slice(0, 5)
     assert_spoiled(inputs, config, codes, slice(1, 2), slice(None), columns, **after)
     # A row whose first valid key is another.
     codes.clear()
@@ -125,8 +126,8 @@ def test_more_padding_than_promised_misses_nothing(rule):
             kept, expected = (blocks_of(query, key, config, x, **where).kept for x in (codes, None))
             assert bool((kept >= expected).all())
             assert torch.equal(kept[0], expected[0])
-            if used and config.metric == "relative":  # whose groups are counted from another key than was promised
-                assert torch.equal(kept[1], blocks_of(query, key, replace(config, threshold=0.0), **where).kept[1])
+            if used and config.rule.name == "relative":  # whose groups are counted from another key than was promised
+                assert torch.equal(kept[1], blocks_of(query, key, config.with_options(threshold=0.0), **where).kept[1])
     codes.first_valid = 100
     assert codes.length == 0
     assert_chunks_agree(inputs, [0, 128, 300, 640], config, codes, [(0, 640), (100, 640)])
@@ -134,7 +135,7 @@ def test_more_padding_than_promised_misses_nothing(rule):
 
 def test_a_list_has_room_for_all_blocks_where_stored_codes_are_stale():
     inputs = structured_inputs(SHAPE, 8)
-    config = replace(SPARSE, max_blocks=8)
+    config = SPARSE.with_options(max_blocks=8)
     codes = filled(config, inputs)
     assert_chunks_agree(inputs, [384, 640], config, codes)
     codes = filled(config, inputs)
@@ -146,8 +147,8 @@ def test_a_list_has_room_for_all_blocks_where_stored_codes_are_stale():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metric": "relative"}, "metric mass, estimator moments, sub_block 8 while the call has metric relative"),
-        ({"estimator": "scan"}, "estimator moments, sub_block 8 while the call has estimator scan"),
+        ({"rule": "relative"}, "rule mass, sub_block 8 while the call has rule relative"),
+        ({"sub_block": 1}, "sub_block 8 while the call has sub_block 1"),
         ({"block_size": (128, 64)}, r"block_size \(64, 64\) while the call has block_size \(128, 64\)"),
         ({"bits": 8}, "bits 4 while the call has bits 8"),
         ({"sub_block": 16}, "sub_block 8 while the call has sub_block 16"),
@@ -158,12 +159,12 @@ def test_codes_of_another_config_are_refused(change, message):
     inputs = structured_inputs(SHAPE, 0)
     codes = filled(SPARSE, inputs)
     with pytest.raises(ValueError, match=f"key_codes must .*{message}; call its clear"):
-        blocks_of(*next_chunk(inputs), replace(SPARSE, **change), codes)
+        blocks_of(*next_chunk(inputs), changed(SPARSE, **change), codes)
     assert codes.length == 384
     codes.clear()
-    assert_chunks_agree(inputs, [384, 640], replace(SPARSE, **change), codes)
+    assert_chunks_agree(inputs, [384, 640], changed(SPARSE, **change), codes)
     renewed = filled(SPARSE, inputs, renew=True)
-    assert_chunks_agree(inputs, [384, 640], replace(SPARSE, **change), renewed)
+    assert_chunks_agree(inputs, [384, 640], changed(SPARSE, **change), renewed)
     assert renewed.length == 640
 
 
@@ -189,7 +190,7 @@ def test_codes_for_a_rough_score_mod_are_others():
     inputs = structured_inputs(SHAPE, 0)
     codes = filled(SPARSE, inputs)
     query, key = next_chunk(inputs)
-    with pytest.raises(ValueError, match="estimator moments, sub_block 8 while the call has estimator scan"):
+    with pytest.raises(ValueError, match="sub_block 8 while the call has sub_block 1;"):
         blocks_of(query, key, SPARSE, codes, score_mod=lambda score, b, h, q_idx, kv_idx: score + kv_idx % 7)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sale_flex import SaleConfig, create_sale_block_mask, listed_ops, sale_attention
+from sale_flex import AuxRequest, Mass, Relative, SaleConfig, create_sale_block_mask, listed_ops, sale_attention
 from sale_flex.testing import Shape, structured_inputs
 from sale_flex.testing.programs import PROGRAMS
 
@@ -47,17 +47,17 @@ def recorded(shape: Shape, program: str, monkeypatch: pytest.MonkeyPatch) -> dic
         for name in OPS:
             patch.setattr(listed_ops, name, record(name, getattr(listed_ops, name)))
         inputs, options = structured_inputs(shape, 0), PROGRAMS[program](shape, "cpu")
-        config = SaleConfig.fast(min_length=0, local_tokens=16, sink_tokens=4, smooth_tokens=50)
-        for metric in ("mass", "relative"):
+        config = SaleConfig(Mass.fast(), min_length=0, local_tokens=16, sink_tokens=4, smooth_tokens=50)
+        for rule in (Mass.fast(), Relative()):
             create_sale_block_mask(
                 *inputs[:2],
-                replace(config, metric=metric),
+                replace(config, rule=rule),
                 value=inputs.value,
                 stats=True,
                 **shape.positions(),
                 **options,
             )
-        sale_attention(*inputs, config, return_lse=True, **shape.positions(), **options)
+        sale_attention(*inputs, config, return_aux=AuxRequest(lse=True), **shape.positions(), **options)
     return calls
 
 

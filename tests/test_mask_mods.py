@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from sale_flex import SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex import Relative, SaleConfig, create_sale_block_mask, sale_attention
 from sale_flex.bits import unpack_bits
 from sale_flex.fallback import lookup as fallback
 from sale_flex.kernels import lookup
 from sale_flex.mask_mods import kept_block
 from sale_flex.testing import Shape, structured_inputs
 
-CONFIG = SaleConfig(metric="relative", threshold=0.3, min_length=64, local_tokens=64, smooth_tokens=128)
+CONFIG = SaleConfig(Relative(0.3, bits=8), min_length=64, local_tokens=64, smooth_tokens=128)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -3,7 +3,6 @@
 
 import math
 import struct
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
 
-from sale_flex import SaleConfig, reference
+from sale_flex import Mass, SaleConfig, reference
 from sale_flex.bits import unpack_bits
 from sale_flex.config import BLOCK_SIZES
 from sale_flex.fallback import mass, moments
@@ -23,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2E = 1.4426950408889634
-CONFIGS = configs(metrics=("mass",), max_min_length=0, max_window=40)
-SELECTIVE = configs(metrics=("mass",), max_min_length=0, max_window=12)
+CONFIGS = configs(kinds=(Mass,), max_min_length=0, max_window=40)
+SELECTIVE = configs(kinds=(Mass,), max_min_length=0, max_window=12)
 
 
 def kernel(module: str):
@@ -43,7 +42,7 @@ def stages(shape, seed, config, special=None) -> SimpleNamespace:
     bounds = reference.make_bounds(shape.batch, shape.q_len, shape.kv_len, **shape.positions())
     mean = reference.key_mean(x.key, bounds, config.smooth_tokens)
     options = reference.mass_options(config)
-    threshold = torch.as_tensor(config.threshold, dtype=torch.float32).expand(shape.heads).contiguous()
+    threshold = torch.as_tensor(config.rule.threshold, dtype=torch.float32).expand(shape.heads).contiguous()
     return SimpleNamespace(**locals(), scale=shape.head_dim**-0.5, blocks=-(-shape.kv_len // config.block_size[1]))
 
 
@@ -63,7 +62,7 @@ def sums_by_definition(s: SimpleNamespace, b: int, head: int, pooled_row: int) -
     """Candidate block -> what a pooled row sees in it in units of its exact part, one element after the other."""
     shape, config, (start, end) = s.shape, s.config, s.shape.valid(b)
     block_q, block_k = config.block_size
-    offset, dim, bits = shape.offset, shape.head_dim, config.bits
+    offset, dim, bits = shape.offset, shape.head_dim, config.rule.bits
     top, square_top, var_top = (7, 49, 15) if bits == 4 else (127, 126, 127)
     scanned = s.options.sub_block == 1
 
@@ -188,7 +187,7 @@ def test_a_pooled_row_is_the_mean_or_the_last_of_its_real_rows(shape, seed, pool
 def check_moments(implementation, shape, seed, config, special=None):
     """Assert that codes, scales and flags are the reference's, bit for bit, and what fills a tile is 0."""
     s = stages(shape, seed, config, special)
-    arguments = s.x.key, s.mean, s.bounds, config.block_size[1], s.options.sub_block, config.bits
+    arguments = s.x.key, s.mean, s.bounds, config.block_size[1], s.options.sub_block, config.rule.bits
     expected = reference.quantize_moments(*arguments)
     *got, nonfinite = implementation.quantize_moments(*arguments)
     subs = s.blocks * config.block_size[1] // s.options.sub_block
@@ -280,7 +279,7 @@ LONG = shapes(max_tokens=700, min_tokens=400, batch=1, chunked=False)
 
 @given(LONG, seeds(), SELECTIVE, st.floats(1e-3, 0.3), st.integers(0, 4))
 def test_hits_within_a_budget_of_the_torch_path(shape, seed, config, threshold, budget):
-    check_hits(mass, stages(shape, seed, replace(config, threshold=threshold)), budget)
+    check_hits(mass, stages(shape, seed, config.with_options(threshold=threshold)), budget)
 
 
 # Not bfloat16: the interpreter keeps it as integers and multiplies those in a dot. test_gpu.py has it.
@@ -293,28 +292,32 @@ def test_hits_of_the_kernel(shape, seed, config, special):
 @FEW
 @given(SMALL, seeds(), SELECTIVE, st.floats(1e-3, 0.3), st.integers(0, 3))
 def test_hits_within_a_budget_of_the_kernel(shape, seed, config, threshold, budget):
-    check_hits(kernel("mass"), stages(shape, seed, replace(config, threshold=threshold)), budget)
+    check_hits(kernel("mass"), stages(shape, seed, config.with_options(threshold=threshold)), budget)
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("sub_block", [None, 4, 32])
+@pytest.mark.parametrize("sub_block", [1, 4, 32])
 def test_hits_of_every_block_size(block_size, sub_block):
     # Left padding that cuts a block, with and without a sink, and more heads than the tile holds at once.
     shape = Shape(600, 600, batch=2, heads=4, kv_heads=2, head_dim=32, kv_range=((0, 600), (37, 590)))
     for sink_tokens in (0, 5):
-        config = SaleConfig.fast(
-            estimator="scan" if sub_block is None else "moments", sub_block=sub_block or 8, block_size=block_size,
-            threshold=0.1, sink_tokens=sink_tokens, local_tokens=8, min_length=0, smooth_tokens=100,
+        config = SaleConfig(
+            Mass.fast(threshold=0.1, sub_block=sub_block),
+            block_size=block_size, sink_tokens=sink_tokens, local_tokens=8, min_length=0, smooth_tokens=100,
         )  # fmt: skip
         assert check_hits(mass, stages(shape, 3, config)) <= 2
 
 
-@pytest.mark.parametrize("estimator", ["moments", "scan"])
-def test_hits_of_the_kernel_over_many_steps_and_groups_of_heads(estimator):
+@pytest.mark.parametrize("sub_block", [8, 1])
+def test_hits_of_the_kernel_over_many_steps_and_groups_of_heads(sub_block):
     # Tiles of several query blocks, whose candidates end in different steps, and more than one head of keys.
     shape = Shape(1500, 1500, heads=4, kv_heads=2, head_dim=32)
-    config = SaleConfig.fast(
-        estimator=estimator, threshold=0.05, sink_tokens=4, local_tokens=8, min_length=0, smooth_tokens=100
+    config = SaleConfig(
+        Mass.fast(threshold=0.05, sub_block=sub_block),
+        sink_tokens=4,
+        local_tokens=8,
+        min_length=0,
+        smooth_tokens=100,
     )
     assert check_hits(kernel("mass"), stages(shape, 3, config)) <= 4
 
@@ -322,13 +325,13 @@ def test_hits_of_the_kernel_over_many_steps_and_groups_of_heads(estimator):
 LARGEST = [(mass, dim, bits) for dim in HEAD_DIMS for bits in (4, 8)] + [("kernel", 80, 4), ("kernel", 256, 8)]
 
 
-@pytest.mark.parametrize("estimator", ["moments", "scan"])
+@pytest.mark.parametrize("sub_block", [8, 1])
 @pytest.mark.parametrize(("implementation", "head_dim", "bits"), LARGEST)
-def test_the_largest_codes_overflow_nothing(implementation, head_dim, bits, estimator):
+def test_the_largest_codes_overflow_nothing(implementation, head_dim, bits, sub_block):
     # Every channel at +-amax, of numbers near the end of float32: products, factors and their sums are at their limits.
     shape = Shape(256, 256, head_dim=head_dim)
-    sizes = {"sink_tokens": 1, "local_tokens": 1, "smooth_tokens": 0, "query_pool": 1}
-    config = SaleConfig.fast(estimator=estimator, bits=bits, min_length=0, **sizes)
+    sizes = {"pool": 1, "sink_tokens": 1, "local_tokens": 1, "smooth_tokens": 0}
+    config = SaleConfig(Mass.fast()).with_options(sub_block=sub_block, bits=bits, min_length=0, **sizes)
     for magnitude in (1e3, 1e18):
         s = stages(shape, 0, config)
         s.x.query.copy_(s.x.query.sign() * magnitude)
@@ -342,8 +345,8 @@ def test_the_comparison_has_something_to_compare():
     # The properties above would hold for a rule that keeps all or nothing; at these options it does neither.
     shape = Shape(700, 700, heads=6, kv_heads=2, head_dim=64)
     x = structured_inputs(shape, 0)
-    for estimator in ("moments", "scan"):
-        config = SaleConfig.fast(threshold=0.12, min_length=0, local_tokens=32, estimator=estimator)
+    for sub_block in (8, 1):
+        config = SaleConfig(Mass.fast(threshold=0.12, sub_block=sub_block), min_length=0, local_tokens=32)
         expected = reference.keep_map(x.query, x.key, config)
         by_rule = expected.hit & ~expected.always
         assert 0.2 < by_rule.sum() / (expected.visible & ~expected.always).sum() < 0.8
@@ -352,4 +355,4 @@ def test_the_comparison_has_something_to_compare():
 def test_the_reference_takes_no_default_that_depends_on_a_device():
     x = random_inputs(Shape(100, 100, head_dim=32))
     with pytest.raises(ValueError, match=r"config\.min_length must be a number of tokens, got None"):
-        reference.keep_map(x.query, x.key, SaleConfig.fast())
+        reference.keep_map(x.query, x.key, SaleConfig(Mass.fast()))

@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sale_flex import SaleConfig, reference
+from sale_flex import Mass, SaleConfig, reference
 from sale_flex.testing import Shape, moment_error_bound, random_inputs
 from sale_flex.testing.strategies import seeds
 
@@ -66,7 +66,7 @@ def masses(case: Case, config: SaleConfig, quantised: bool) -> tuple[reference.R
 
 
 def config_of(sub_block: int, sink_tokens: int = 0, **options: object) -> SaleConfig:
-    return SaleConfig.fast(
+    return SaleConfig(Mass.fast()).with_options(
         sub_block=sub_block, sink_tokens=sink_tokens, local_tokens=16, min_length=0, smooth_tokens=0, **options
     )
 
@@ -156,7 +156,7 @@ def test_a_needle_in_one_channel_is_found(bits, sub_block, nats):
     # Among keys that are all alike: the needle's share is e^nats of a few hundred at least.
     for seed in range(3):
         case = make_case(seed, LENGTH, "one channel", {131: nats})
-        config = config_of(sub_block, bits=bits, threshold=0.01, query_pool=4)
+        config = config_of(sub_block, bits=bits, threshold=0.01, pool=4)
         expected = reference.keep_map(case.query, case.key, config)
         asked = expected.visible & ~expected.always
         assert expected.hit[..., 131 // BLOCK][asked[..., 131 // BLOCK]].all()

@@ -11,7 +11,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sale_flex import SaleConfig, reference
+from sale_flex import Mass, SaleConfig, reference
 from sale_flex.bits import unpack_bits
 from sale_flex.fallback import mass, moments
 from sale_flex.testing import (
@@ -28,7 +28,7 @@ from sale_flex.testing.strategies import configs, seeds, shapes, thresholds
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 WHOLE = shapes(max_tokens=500, min_tokens=300, batch=1, groups=(1, 2), head_dims=(32,), chunked=False)
-CONFIGS = configs(metrics=("mass",), max_min_length=0, max_window=24)
+CONFIGS = configs(kinds=(Mass,), max_min_length=0, max_window=24)
 
 
 def of(inputs: Inputs, config: SaleConfig, shape: Shape | None = None, **sizes: int) -> SimpleNamespace:
@@ -41,7 +41,9 @@ def of(inputs: Inputs, config: SaleConfig, shape: Shape | None = None, **sizes: 
         mean=reference.key_mean(inputs.key, bounds, config.smooth_tokens),
         bounds=bounds,
         options=reference.mass_options(config)._replace(**sizes),
-        threshold=torch.as_tensor(config.threshold, dtype=torch.float32).expand(inputs.query.shape[1]).contiguous(),
+        threshold=torch.as_tensor(config.rule.threshold, dtype=torch.float32)
+        .expand(inputs.query.shape[1])
+        .contiguous(),
         scale=inputs.query.shape[3] ** -0.5,
         blocks=-(-inputs.key.shape[2] // config.block_size[1]),
     )
@@ -114,17 +116,17 @@ def test_without_codes_a_constant_added_to_every_key_changes_nothing(shape, seed
 @given(WHOLE, seeds(), CONFIGS, st.floats(1.0, 1e9), st.integers(0, 3))
 def test_a_threshold_of_one_hits_nothing_and_of_zero_everything(shape, seed, config, one, budget):
     inputs = structured_inputs(shape, seed)
-    found, dropped = hits(of(inputs, replace(config, threshold=one), shape), budget)
+    found, dropped = hits(of(inputs, config.with_options(threshold=one), shape), budget)
     assert not found.any()
     assert not dropped.any()
-    s = of(inputs, replace(config, threshold=0.0), shape)
+    s = of(inputs, config.with_options(threshold=0.0), shape)
     assert torch.equal(hits(s)[0], candidates(s).expand_as(found))
 
 
 @given(WHOLE, seeds(), CONFIGS, thresholds(most=1.5), thresholds(most=1.5))
 def test_a_higher_threshold_never_adds_a_hit(shape, seed, config, one, other):
     inputs = structured_inputs(shape, seed)
-    low, high = (hits(of(inputs, replace(config, threshold=t), shape))[0] for t in sorted((one, other)))
+    low, high = (hits(of(inputs, config.with_options(threshold=t), shape))[0] for t in sorted((one, other)))
     assert not (high & ~low).any()
 
 
@@ -172,13 +174,13 @@ def share_bounds(s: SimpleNamespace) -> tuple[Tensor, Tensor]:
 @given(
     shapes(max_tokens=500, min_tokens=200, batch=1, groups=(1, 3), chunked=False, padded=False),
     seeds(),
-    configs(metrics=("mass",), bits=(8,), max_min_length=0, max_window=16),
+    configs(kinds=(Mass,), bits=(8,), max_min_length=0, max_window=16),
     st.floats(5, 40),
     st.data(),
 )
 def test_a_scan_hits_what_codes_cannot_hide(shape, seed, config, logit, data):
     """Needles: a share that is over the threshold with every code at its worst is hit."""
-    config = replace(config, estimator="scan")
+    config = config.with_options(sub_block=1)
     column = data.draw(st.integers(0, shape.kv_len // 3), label="needle")
     first = data.draw(st.integers(shape.kv_len // 2, shape.kv_len - 1), label="first row that looks for it")
     inputs = random_inputs(shape, seed, amplitude=0.7)
@@ -196,8 +198,8 @@ def test_a_scan_hits_what_codes_cannot_hide(shape, seed, config, logit, data):
 
 @pytest.mark.parametrize("pool", [1, 4])
 def test_a_scan_in_eight_bits_finds_every_needle_of_twice_the_threshold(pool):
-    config = SaleConfig.fast(
-        estimator="scan", bits=8, threshold=0.02, query_pool=pool, sink_tokens=8, local_tokens=16, min_length=0
+    config = SaleConfig(
+        Mass.fast(threshold=0.02, pool=pool, sub_block=1, bits=8), sink_tokens=8, local_tokens=16, min_length=0
     )
     needles = 0
     for seed in range(4):
@@ -206,8 +208,8 @@ def test_a_scan_in_eight_bits_finds_every_needle_of_twice_the_threshold(pool):
             inputs = plant_needle(inputs, query=row, key=300, logit=6.0 + 6 * seed, seed=seed)
         s = of(inputs, config)
         least, exact = share_bounds(s)
-        wanted = exact > 2 * config.threshold
-        edge = config.threshold * math.exp(mass_error_bound(s.query, s.key))
+        wanted = exact > 2 * config.rule.threshold
+        edge = config.rule.threshold * math.exp(mass_error_bound(s.query, s.key))
         assert (least[wanted] > edge).all()  # the guarantee holds for all of them
         assert not ((by_block(s, wanted.float()) > 0) & ~hits(s)[0]).any()
         needles += int(wanted[0, 0, 600 // pool, 300 // 64])
@@ -223,10 +225,8 @@ def test_logits_of_200_nats_neither_overflow_nor_lose_a_block(bits, sub_block):
         inputs = random_inputs(shape, seed)
         key = inputs.key[:, :, ::sub_block].repeat_interleave(sub_block, 2)
         largest = (inputs.query @ key.repeat_interleave(2, 1).transpose(-1, -2)).abs().max() / 8
-        config = SaleConfig.fast(
-            estimator="scan" if sub_block == 1 else "moments", bits=bits, sink_tokens=8, local_tokens=16, min_length=0,
-            query_pool=1, threshold=0.01,
-        )  # fmt: skip
+        rule = Mass.fast(threshold=0.01, pool=1, sub_block=sub_block, bits=bits)
+        config = SaleConfig(rule, sink_tokens=8, local_tokens=16, min_length=0)
         s = of(inputs._replace(query=inputs.query * (200 / largest), key=key), config)
         masses = row_masses(s, quantised=True, dtype=torch.float32)
         assert masses.total.isfinite().all()
@@ -243,11 +243,9 @@ def test_logits_of_200_nats_neither_overflow_nor_lose_a_block(bits, sub_block):
 BUSY = shapes(max_tokens=700, min_tokens=400, batch=1, groups=(1, 2), head_dims=(32,), chunked=False)
 
 
-@given(
-    BUSY, seeds(), configs(metrics=("mass",), max_min_length=0, max_window=12), st.floats(1e-4, 0.3), st.integers(0, 5)
-)
+@given(BUSY, seeds(), configs(kinds=(Mass,), max_min_length=0, max_window=12), st.floats(1e-4, 0.3), st.integers(0, 5))
 def test_a_budget_keeps_the_largest_masses_and_counts_the_others(shape, seed, config, threshold, budget):
-    s = of(structured_inputs(shape, seed), replace(config, threshold=threshold), shape)
+    s = of(structured_inputs(shape, seed), config.with_options(threshold=threshold), shape)
     everything, none_dropped = hits(s)
     found, dropped = hits(s, budget)
     assert not none_dropped.any()
@@ -269,7 +267,7 @@ def test_blocks_of_equal_mass_are_kept_or_dropped_together():
     shape = Shape(640, 640, head_dim=32)
     x = random_inputs(shape, 0)
     key = torch.zeros_like(x.key)
-    s = of(x._replace(key=key), SaleConfig.fast(threshold=0.0, sink_tokens=1, local_tokens=1, min_length=0))
+    s = of(x._replace(key=key), SaleConfig(Mass.fast(threshold=0.0), sink_tokens=1, local_tokens=1, min_length=0))
     found, dropped = hits(s, 3)
     count = candidates(s).sum(-1)
     assert torch.equal(found.sum(-1), torch.where(count <= 3, count, 0))
@@ -280,7 +278,7 @@ def test_a_query_that_is_not_finite_asks_for_everything_first_to_be_given_up():
     inputs = structured_inputs(Shape(700, 700, heads=2, head_dim=32), 0)
     query = inputs.query.clone()
     query[0, 1, 640] = torch.nan
-    config = SaleConfig.fast(threshold=0.2, sink_tokens=8, local_tokens=16, min_length=0)
+    config = SaleConfig(Mass.fast(threshold=0.2), sink_tokens=8, local_tokens=16, min_length=0)
     before, after = (of(x, config) for x in (inputs, inputs._replace(query=query)))
     found, _ = hits(after)
     assert torch.equal(found[:, 1, 10], candidates(after)[:, 0, 10])
@@ -296,7 +294,7 @@ def test_a_block_with_a_key_that_is_not_finite_is_hit_and_does_not_count(special
     inputs = structured_inputs(Shape(700, 700, heads=4, kv_heads=2, head_dim=32), 0)
     key = inputs.key.clone()
     key[0, 1, 200, 5] = special  # 3e38 is finite, and its variance is not
-    config = SaleConfig.fast(threshold=0.2, sink_tokens=8, local_tokens=16, min_length=0, smooth_tokens=0)
+    config = SaleConfig(Mass.fast(threshold=0.2), sink_tokens=8, local_tokens=16, min_length=0, smooth_tokens=0)
     before, after = (of(x, config) for x in (inputs, inputs._replace(key=key)))
     for budget in (None, 0, 2):
         found, _ = hits(after, budget)

@@ -11,17 +11,17 @@ resource = pytest.importorskip("resource", reason="peak memory is read from the 
 PROGRAM = """
 import resource, sys
 import torch
-from sale_flex import SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex import AuxRequest, Path, SaleConfig, create_sale_block_mask, sale_attention
 from sale_flex.testing import Shape, structured_inputs
 
 shape = Shape(16384, 16384, heads=8, kv_heads=int(sys.argv[1]), head_dim=64)
 inputs = structured_inputs(shape)
-config = SaleConfig(metric=sys.argv[3], threshold=0.1, min_length=1024)
+config = SaleConfig.from_options(sys.argv[3], threshold=0.1, bits=8, min_length=1024)
 if sys.argv[2] == "mask":
     _, stats = create_sale_block_mask(inputs.query, inputs.key, config, stats=True)
 else:
-    _, stats = sale_attention(*inputs, config, stats=True)
-assert "flex" in stats.path
+    _, (_, stats) = sale_attention(*inputs, config, return_aux=AuxRequest(stats=True))
+assert stats.path is Path.FLEX
 kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(kib if sys.platform.startswith("linux") else kib // 1024, float(stats.density.mean()))
 """

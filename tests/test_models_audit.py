@@ -12,13 +12,13 @@ import torch
 
 pytest.importorskip("transformers")
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import sale_attention
+from sale_flex import AuxRequest, sale_attention
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from models_harness import BY_NAME, CACHE, LENGTH, SELECTIVE, assert_close, build, prefill, shared, tokens
 from transformers import DynamicCache
 
-BLIND = replace(SELECTIVE, threshold=1.0, sink_tokens=0, local_tokens=1)
+BLIND = SELECTIVE.with_options(threshold=1.0, sink_tokens=0, local_tokens=1)
 """Keeps the diagonal alone: of random models, whose attention is spread evenly, much is missed."""
 
 NAMES = ["Llama", "Mistral", "Gemma2", "GptOss"]
@@ -38,9 +38,10 @@ def test_stats_are_what_the_calls_said(name):
     said = {}
 
     def listen(call):
-        result = sale_attention(call.query, call.key, call.value, BLIND, stats=True, **call.options)
-        said[call.layer] = result.stats.audit
-        return result.output
+        wanted = AuxRequest(stats=True)
+        output, aux = sale_attention(call.query, call.key, call.value, BLIND, return_aux=wanted, **call.options)
+        said[call.layer] = aux.stats.audit
+        return output
 
     with sale_hf.observe(model, listen):
         prefill(model, tokens())

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig, sale_attention
+from sale_flex import Mass, SaleConfig, sale_attention
 from sale_flex.bench.model import capture
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -160,7 +160,7 @@ def test_an_observer_sees_what_attention_computes_with():
 def test_a_prompt_may_go_on_under_autocast_and_without():
     """Keys that were cached in float32 are cast; those of autocast's are promoted by the cache."""
     for under in ((False, False, False, True), (True, True, True, False)):
-        config = SaleConfig(threshold=0.0, min_length=0, sink_tokens=0, local_tokens=1, smooth_tokens=32)
+        config = SaleConfig(Mass(0.0), min_length=0, sink_tokens=0, local_tokens=1, smooth_tokens=32)
         results = []
         for model in (build(LLAMA, sale_hf.NAME, config), build(LLAMA, "sdpa")):
             cache, at = make_cache("dynamic", model), 0

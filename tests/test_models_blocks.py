@@ -7,14 +7,13 @@ blocks are others. tests/test_models_local.py has their outputs.
 
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex import Mass, SaleConfig, create_sale_block_mask, sale_attention
 from sale_flex.testing import block_map
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -40,8 +39,8 @@ OFFSET = 128
 WIDE = {"Llama": {}, "Mistral": {"sliding_window": 700}, "Llama4": {"attention_chunk_size": 700}}
 """Windows and chunks of more blocks than are always kept."""
 
-CONFIG = SaleConfig(threshold=0.14, min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=512)
-LOOSER, STRICTER = (replace(CONFIG, threshold=CONFIG.threshold * 2**octaves) for octaves in (-0.25, 0.25))
+CONFIG = SaleConfig(Mass(0.14), min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=512)
+LOOSER, STRICTER = (CONFIG.with_threshold(CONFIG.rule.threshold * 2**octaves) for octaves in (-0.25, 0.25))
 """A quarter of an octave around it. Two runs differ in the last bits of a layer's inputs. That moves a block's level by
 one, an eighth of an octave, or moves one code of a query by one: with heads of 32 channels, queries of 3 and keys of 1
 by 3 / 7 / sqrt(32) nats, another eighth."""

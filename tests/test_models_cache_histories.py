@@ -17,23 +17,23 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig, sale_attention
-from sale_flex.attention import SaleResult
+from sale_flex import Mass, SaleConfig, sale_attention
 from sale_flex.integrations.transformers import forward
 from sale_flex.integrations.transformers.caches import stores_of
 
 sys.path.append(str(Path(__file__).resolve().parent))
+from config_harness import as_rule
 from models_harness import BY_NAME, CACHE, LAYERS, build, tokens
 
 LLAMA = BY_NAME["Llama"]
 ROOM = 2000
-CONFIG = SaleConfig(threshold=0.3, min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=100)
+CONFIG = SaleConfig(Mass(0.3), min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=100)
 CONFIGS = (
     CONFIG,
-    replace(CONFIG, sub_block=16),
-    replace(CONFIG, estimator="scan", bits=8),
+    CONFIG.with_options(sub_block=16),
+    CONFIG.with_options(sub_block=8, bits=4),
     replace(CONFIG, smooth_tokens=160),
-    replace(CONFIG, metric="relative", threshold=0.3),
+    as_rule(CONFIG, "relative"),
     replace(CONFIG, block_size=(64, 32)),
 )
 
@@ -43,10 +43,9 @@ def llama():
     return build(LLAMA, sale_hf.NAME, CONFIG, max_position_embeddings=2048)
 
 
-def by_rows(*args, **options):
+def by_rows(*args, return_aux, **options):
     """sale_attention on a path that a CPU takes without a compiled program for every batch size; the same blocks."""
-    result = sale_attention(*args, return_lse=True, **options)
-    return SaleResult(result.output, result.stats)
+    return sale_attention(*args, return_aux=return_aux._replace(lse=True), **options)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -211,7 +210,9 @@ def test_other_tokens_decoded_behind_a_crop(llama):
     assert lengths(cache) == [896] * LAYERS
 
 
-@pytest.mark.parametrize("config", CONFIGS[1:], ids=lambda config: f"{config.metric} {config.estimator} {config.bits}")
+@pytest.mark.parametrize(
+    "config", CONFIGS[1:], ids=["moments of 16", "moments of 8, 4 bits", "smooth_tokens", "relative", "block_size"]
+)
 def test_another_config_between_turns(llama, config):
     cache = filled(llama)
     sale_hf.configure(llama, config)

@@ -6,9 +6,9 @@ import torch
 import transformers
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig
+from sale_flex import Mass, SaleConfig
 
-EVERYTHING = SaleConfig(threshold=0.0, min_length=0, sink_tokens=0, local_tokens=1)
+EVERYTHING = SaleConfig(Mass(0.0), min_length=0, sink_tokens=0, local_tokens=1)
 
 SHAPE = {
     "d_model": 128,
@@ -162,7 +162,7 @@ class TestBart:
     @torch.no_grad()
     def test_the_encoder_stays_dense(self):
         model = bart("sale_flex")
-        sale_hf.configure(model, SaleConfig(threshold=1.0, min_length=0, sink_tokens=0, local_tokens=1))
+        sale_hf.configure(model, SaleConfig(Mass(1.0), min_length=0, sink_tokens=0, local_tokens=1))
         inputs = self.inputs()
         wanted = bart("eager").model.encoder(inputs["input_ids"]).last_hidden_state
         assert_sums_agree(model.model.encoder(inputs["input_ids"]).last_hidden_state, wanted)

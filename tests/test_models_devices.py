@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig
+from sale_flex import Mass, SaleConfig
 from sale_flex.integrations.transformers.layers import layer_states
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -31,7 +31,7 @@ from models_harness import (
 
 LLAMA = BY_NAME["Llama"]
 PER_HEAD = SaleConfig(
-    threshold=torch.tensor([0.3, 0.1, 0.2, 0.0]), min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=64
+    Mass(torch.tensor([0.3, 0.1, 0.2, 0.0])), min_length=0, sink_tokens=16, local_tokens=32, smooth_tokens=64
 )
 CONFIGS = pytest.mark.parametrize("config", [SELECTIVE, PER_HEAD], ids=["a number", "per head"])
 LONG = 500
@@ -116,16 +116,16 @@ def test_a_dry_run_on_the_meta_device_counts_nothing():
 
 def test_thresholds_without_values_are_refused():
     with torch.device("meta"):
-        config = SaleConfig(threshold=torch.full((4,), 0.1))
-    with pytest.raises(ValueError, match=r"config\.threshold must have values, got a tensor on the meta device"):
+        config = SaleConfig(Mass(torch.full((4,), 0.1)))
+    with pytest.raises(ValueError, match=r"config\.rule\.threshold must have values, got a tensor on the meta device"):
         sale_hf.configure(build(LLAMA, sale_hf.NAME), config)
 
 
 def test_thresholds_are_the_layers_own():
     given = torch.full((4,), 0.1)
-    model = build(LLAMA, sale_hf.NAME, SaleConfig(threshold=given))
+    model = build(LLAMA, sale_hf.NAME, SaleConfig(Mass(given)))
     given.fill_(0.9)
-    assert all(bool((state.config.threshold == 0.1).all()) for state in layer_states(model).values())
+    assert all(bool((state.config.rule.threshold == 0.1).all()) for state in layer_states(model).values())
 
 
 MODES = {
@@ -157,7 +157,7 @@ def test_modes_may_change_from_call_to_call(modes, config):
 def test_gradients_after_inference_mode():
     model = build(LLAMA, sale_hf.NAME)
     with torch.inference_mode():
-        sale_hf.configure(model, SaleConfig(threshold=torch.full((4,), 0.1), min_length=LENGTH))
+        sale_hf.configure(model, SaleConfig(Mass(torch.full((4,), 0.1)), min_length=LENGTH))
         model(tokens(), use_cache=False)
     model(tokens(), use_cache=False).logits.square().mean().backward()
     assert_calls(model, LLAMA, sparse=0, dense=2)
@@ -169,7 +169,7 @@ def test_what_follows_a_layer_in_inference_mode_can_change_outside():
     for state in layer_states(model).values():
         with torch.inference_mode():
             state.move(torch.device("cpu"))
-        assert not any(x.is_inference() for x in (state.calls, state.blocks, state.config.threshold))
+        assert not any(x.is_inference() for x in (state.calls, state.blocks, state.config.rule.threshold))
     prefill(model, tokens())
     assert_calls(model, LLAMA, sparse=1)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig
+from sale_flex import Mass, SaleConfig
+from sale_flex.stats import Path as Ran
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from gpu_harness import assert_selective
@@ -48,14 +49,14 @@ def test_prompts_and_decoding_are_eagers(name, padding):
     assert_calls(model, family, sparse=1, decode=2)
     for layer in sale_hf.stats(model).layers:
         assert set(layer.density) == {1.0}
-        assert all(path.startswith("triton") and path.endswith("flex") for path in layer.paths), layer.paths
+        assert set(layer.paths) == {Ran.FLEX.value}, layer.paths
 
 
 @pytest.mark.parametrize("name", ["Llama", "GptOss"])
 @torch.no_grad()
 def test_a_compiled_prompt_drops_the_blocks_of_an_eager_one(name):
     family = BY_NAME[name]
-    config = SaleConfig(threshold=0.05, min_length=64, local_tokens=32, smooth_tokens=64)
+    config = SaleConfig(Mass(0.05), min_length=64, local_tokens=32, smooth_tokens=64)
     model, other = (
         plant_topics(build(family, sale_hf.NAME, config, max_position_embeddings=2048)).cuda() for _ in range(2)
     )

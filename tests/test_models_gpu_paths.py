@@ -11,8 +11,9 @@ import transformers
 from transformers import AttentionInterface, DynamicCache
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import KeyCodes, SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex import KeyCodes, Mass, SaleConfig, create_sale_block_mask, sale_attention
 from sale_flex.integrations.transformers.caches import stores_of
+from sale_flex.stats import Path as Ran
 from sale_flex.testing import block_map
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -56,7 +57,7 @@ def test_a_batch_with_right_padding_has_eagers_logits_and_times(family):
     assert_close(got, expected, mask)
     for one in sale_hf.stats(model).layers:
         assert (one.sparse_calls, one.dense_calls) == (1, 0)
-        assert all(path.startswith("triton") and path.endswith("flex") for path in one.paths)
+        assert set(one.paths) == {Ran.FLEX.value}
         assert one.mask_ms > 0
         assert one.attention_ms > 0
 
@@ -94,7 +95,8 @@ def test_a_prompt_for_generation_has_eagers_logits(family, kind):
 
 @pytest.mark.parametrize(("metric", "threshold"), [("mass", 0.05), ("relative", 0.2)])
 def test_chunks_with_stored_codes_choose_the_blocks_of_one_shot(metric, threshold):
-    config = SaleConfig(metric=metric, threshold=threshold, min_length=64, local_tokens=32, smooth_tokens=64)
+    options = {"threshold": threshold, "bits": 8, "min_length": 64, "local_tokens": 32, "smooth_tokens": 64}
+    config = SaleConfig.from_options(metric, **options)
     model = with_topics("Llama", config)
     calls = []
 
@@ -118,7 +120,7 @@ def test_chunks_with_stored_codes_choose_the_blocks_of_one_shot(metric, threshol
 
 
 def test_chunks_of_a_model_keep_codes_with_its_cache_and_choose_the_blocks_of_one_shot():
-    config = SaleConfig(threshold=0.05, min_length=64, local_tokens=32, smooth_tokens=64)
+    config = SaleConfig(Mass(0.05), min_length=64, local_tokens=32, smooth_tokens=64)
     model, ids = with_topics("Llama", config), passages(2, 1280).cuda()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -135,7 +137,7 @@ def test_chunks_of_a_model_keep_codes_with_its_cache_and_choose_the_blocks_of_on
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss", "Llama4"])
 def test_nobody_waits_for_the_host(name):
-    model = with_topics(name, SaleConfig(threshold=0.05, min_length=64, local_tokens=32, smooth_tokens=64))
+    model = with_topics(name, SaleConfig(Mass(0.05), min_length=64, local_tokens=32, smooth_tokens=64))
     ids = passages(2, 1280).cuda()
     waits = []
     plain = sale_hf.sale_flex_forward

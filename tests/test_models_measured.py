@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig
+from sale_flex import Mass, Relative, SaleConfig
 from sale_flex.integrations.transformers import measured
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -40,24 +40,24 @@ def test_it_is_logged_once_where_a_family_was_measured(name, words, caplog):
     model = model_of(name)
     with caplog.at_level(logging.INFO, measured.__name__):
         sale_hf.configure(model)
-        sale_hf.configure(model, SaleConfig(threshold=0.01))
+        sale_hf.configure(model, SaleConfig(Mass(0.01)))
     (message,) = said(caplog)
     assert words in message
 
 
 def test_moments_are_warned_of_where_they_are_not_known_to_be_safe():
     with pytest.warns(UserWarning, match=r"type 'gemma3_text': it raises the loss of Gemma 3 270M by 0\.058"):
-        sale_hf.configure(model_of("Gemma3"), SaleConfig.fast())
-    with pytest.warns(UserWarning, match=r"type 'qwen3': it was not measured on them.*'scan'"):
-        sale_hf.configure(model_of("Qwen3"), SaleConfig.fast())
+        sale_hf.configure(model_of("Gemma3"), SaleConfig(Mass.fast()))
+    with pytest.warns(UserWarning, match=r"type 'qwen3': it was not measured on them.*the default, Mass\(\)"):
+        sale_hf.configure(model_of("Qwen3"), SaleConfig(Mass.fast()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sale_hf.configure(model_of("Llama"), SaleConfig.fast())
-        sale_hf.configure(model_of("Gemma3"), SaleConfig(metric="relative", estimator="moments"))
+        sale_hf.configure(model_of("Llama"), SaleConfig(Mass.fast()))
+        sale_hf.configure(model_of("Gemma3"), SaleConfig(Relative()))
 
 
 def test_a_part_without_a_config_is_of_no_family(caplog):
     part = torch.nn.Module()
     with caplog.at_level(logging.INFO, measured.__name__):
-        measured.say_measured(part, [SaleConfig.fast()])
+        measured.say_measured(part, [SaleConfig(Mass.fast())])
     assert said(caplog) == []

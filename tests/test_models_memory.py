@@ -15,7 +15,7 @@ from transformers.masking_utils import (
 )
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig
+from sale_flex import Mass, SaleConfig
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from models_harness import (
@@ -33,7 +33,7 @@ from models_harness import (
 MANY = 131_072
 SOME = 6144
 """Tokens whose square is more than twice what the torch path has alive at a time."""
-CONFIG = SaleConfig(threshold=0.02, min_length=0)
+CONFIG = SaleConfig(Mass(0.02), min_length=0)
 
 
 def largest(call) -> int:

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig
+from sale_flex import Mass, SaleConfig
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from gpu_harness import assert_selective
@@ -69,9 +69,9 @@ class Model(torch.nn.Module):
 
 def test_heads_that_can_not_be_shared_out_are_refused():
     with pytest.raises(ValueError, match=r"3 tensor parallel processes divide, got 4"):
-        sale_hf.configure(Model(4, 3), SaleConfig(threshold=torch.ones(4)))
+        sale_hf.configure(Model(4, 3), SaleConfig(Mass(torch.ones(4))))
 
 
 def test_a_size_without_a_mesh_is_refused():
     with pytest.raises(ValueError, match="no device mesh"):
-        sale_hf.configure(Model(4, 2), SaleConfig(threshold=torch.ones(4)))
+        sale_hf.configure(Model(4, 2), SaleConfig(Mass(torch.ones(4))))

@@ -14,7 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import masking_utils
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex import SaleConfig
+from sale_flex import Mass, SaleConfig
+from sale_flex.stats import Path as Ran
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import causal_lms
@@ -193,7 +194,7 @@ class TestConfigure:
     @pytest.mark.parametrize("heads", [1, 2, 8])
     def test_thresholds_of_other_heads(self, llama, heads):
         with pytest.raises(ValueError, match=rf"shape \[4\], one per query head of the model, got \[{heads}\]"):
-            sale_hf.configure(llama, SaleConfig(threshold=torch.full((heads,), 0.1)))
+            sale_hf.configure(llama, SaleConfig(Mass(torch.full((heads,), 0.1))))
 
     @pytest.mark.parametrize("config", [None, 0.5, "dense", [SaleConfig(), SaleConfig()]])
     def test_types_it_does_not_know(self, llama, config):
@@ -207,7 +208,7 @@ class TestConfigure:
     def test_a_refused_config_leaves_the_model_as_it_was(self, llama):
         before = dict(vars(sale_hf.attention_layers(llama)[0]))
         with pytest.raises(ValueError, match="shape"):
-            sale_hf.configure(llama, {0: SaleConfig(), 1: SaleConfig(threshold=torch.zeros(3))})
+            sale_hf.configure(llama, {0: SaleConfig(), 1: SaleConfig(Mass(torch.zeros(3)))})
         assert vars(sale_hf.attention_layers(llama)[0]) == before
 
     def test_a_model_without_attention(self):
@@ -244,7 +245,7 @@ class TestConfigure:
         assert all(path.startswith("dense") for path in first.paths)
 
     def test_thresholds_of_heads(self, llama):
-        sale_hf.configure(llama, SaleConfig(threshold=torch.tensor([0.0, 1.0, 1.0, 0.0]), min_length=0, local_tokens=1))
+        sale_hf.configure(llama, SaleConfig(Mass(torch.tensor([0.0, 1.0, 1.0, 0.0])), min_length=0, local_tokens=1))
         prefill(llama, tokens(length=400))
         for layer in sale_hf.stats(llama).layers:
             assert [density == 1 for density in layer.density] == [True, False, False, True]
@@ -342,7 +343,8 @@ def test_the_default_config_keeps_short_prompts_dense(llama):
     sale_hf.configure(llama)
     assert_close(prefill(llama, tokens()), prefill(shared(LLAMA), tokens()))
     assert_calls(llama, LLAMA, sparse=0, dense=1)
-    assert all(path.startswith("dense sdpa") for layer in sale_hf.stats(llama).layers for path in layer.paths)
+    for layer in sale_hf.stats(llama).layers:
+        assert set(layer.paths) == {f"{Ran.DENSE_SDPA.value}: no more keys than min_length"}
 
 
 def test_stats_print_as_a_table_and_go_to_json(llama):

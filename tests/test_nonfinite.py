@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """NaN and infinity: they reach the output where dense attention shows them, and nowhere else."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from sale_flex import SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask, sale_attention
 from sale_flex.testing import Inputs, Shape, any_in_block, block_map, causal_mask, structured_inputs
 from sale_flex.testing.strategies import calls, configs, seeds
 
@@ -31,6 +29,11 @@ def plant(inputs: Inputs, where: str, seed: int, special: float, count: int) -> 
     return inputs._replace(**{where: tensor})
 
 
+def scoring_all_rows(config: SaleConfig) -> SaleConfig:
+    """With means in place of the last row of a pool, which knows nothing of the rows that it does not score."""
+    return config.with_options(pool_mode="mean") if isinstance(config.rule, Mass) else config
+
+
 @settings(max_examples=2 * settings.default.max_examples)
 @given(
     calls(
@@ -49,11 +52,11 @@ def plant(inputs: Inputs, where: str, seed: int, special: float, count: int) -> 
 )
 def test_the_sparse_output_is_nonfinite_where_the_dense_one_is(call, seed, where, special, count):
     shape, config = call
-    config = replace(config, query_stride=None)  # of other rows than those that it scores, a stride knows nothing
+    config = scoring_all_rows(config)
     inputs = plant(structured_inputs(shape, seed), where, seed, special, count)
     sparse = sale_attention(*inputs, config, **shape.positions())
     # Dense through the same kernel: a tile multiplies what a row does not see by 0, and 0 times NaN is NaN.
-    dense = sale_attention(*inputs, replace(config, threshold=0.0), **shape.positions())
+    dense = sale_attention(*inputs, config.with_options(threshold=0.0), **shape.positions())
     assert torch.equal(pattern(sparse), pattern(dense))
     event(f"the output shows it: {bool(pattern(dense).any())}")
 
@@ -67,7 +70,7 @@ def test_the_sparse_output_is_nonfinite_where_the_dense_one_is(call, seed, where
 )
 def test_blocks_with_a_nonfinite_score_or_value_are_kept(call, seed, where, special, count):
     shape, config = call
-    config = replace(config, threshold=1e6, query_stride=None)
+    config = scoring_all_rows(config).with_options(threshold=1e6)
     inputs = plant(structured_inputs(shape, seed), where, seed, special, count)
     mask = create_sale_block_mask(inputs.query, inputs.key, config, value=inputs.value, **shape.positions())
     group = shape.heads // shape.kv_heads
@@ -78,7 +81,7 @@ def test_blocks_with_a_nonfinite_score_or_value_are_kept(call, seed, where, spec
 
 
 @given(
-    configs(metrics=("relative",), max_min_length=0, max_window=24),
+    configs(kinds=(Relative,), max_min_length=0, max_window=24),
     seeds(),
     st.sampled_from(["query", "key", "value"]),
     SPECIALS,
@@ -86,7 +89,7 @@ def test_blocks_with_a_nonfinite_score_or_value_are_kept(call, seed, where, spec
 def test_blocks_without_one_are_chosen_as_before(config, seed, where, special):
     shape = Shape(600, 600, heads=4, kv_heads=2, head_dim=32)
     # No smoothing, or a non-finite key is left out of the mean, which moves every key.
-    config = replace(config, threshold=0.05, smooth_tokens=0)
+    config = config.with_options(threshold=0.05, smooth_tokens=0)
     inputs = structured_inputs(shape, seed)
     before = block_map(create_sale_block_mask(inputs.query, inputs.key, config, value=inputs.value)).kept
     tensor = getattr(inputs, where).clone()
@@ -112,7 +115,7 @@ def test_blocks_without_one_are_chosen_as_before(config, seed, where, special):
 def test_nonfinite_padding_changes_no_output(metric, where, garbage):
     ranges = ((0, 333), (90, 470))
     shape = Shape(500, 500, batch=2, heads=6, kv_heads=2, head_dim=32, kv_range=ranges)
-    config = SaleConfig(metric=metric, threshold=0.3, min_length=0, local_tokens=24, smooth_tokens=100)
+    config = SaleConfig.from_options(metric, threshold=0.3, bits=8, min_length=0, local_tokens=24, smooth_tokens=100)
     inputs = structured_inputs(shape, 7)
     expected = sale_attention(*inputs, config, **shape.positions())
     tensor = getattr(inputs, where).clone()
@@ -125,7 +128,7 @@ def test_nonfinite_padding_changes_no_output(metric, where, garbage):
 
 def test_an_infinite_query_of_one_row_leaves_the_rows_beside_it_exact():
     shape = Shape(500, 500, batch=2, heads=6, kv_heads=2, head_dim=32)
-    config = SaleConfig(metric="relative", threshold=0.0, min_length=0)
+    config = SaleConfig(Relative(0.0, bits=8), min_length=0)
     inputs = structured_inputs(shape, 8)
     expected = sale_attention(*inputs, config)
     query = inputs.query.clone()

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from sale_flex import SaleConfig, create_sale_block_mask, listed_ops, mods, ops
+from sale_flex import Relative, SaleConfig, create_sale_block_mask, listed_ops, mods, ops
 from sale_flex.testing import Shape, block_map, structured_inputs
 
 OPS = [
@@ -135,16 +135,14 @@ def test_kernels_get_contiguous_tensors_but_for_queries_keys_and_values(monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "config", [SaleConfig(min_length=0), SaleConfig(metric="relative", threshold=0.1, min_length=0)]
-)
+@pytest.mark.parametrize("config", [SaleConfig(min_length=0), SaleConfig(Relative(0.1, bits=8), min_length=0)])
 def test_expanded_tensors_are_what_they_show_on_a_gpu(config):
     shape = Shape(700, 700, heads=4, kv_heads=2, head_dim=64)
     query, key, _ = (x.cuda() for x in structured_inputs(shape, 0))
     one = torch.tensor([0.1], device="cuda")
     for mod in (None, mods.causal()):
-        expected = create_sale_block_mask(query, key, replace(config, threshold=one.repeat(4)), mask_mod=mod)
-        got = create_sale_block_mask(query, key, replace(config, threshold=one.expand(4)), mask_mod=mod)
+        expected = create_sale_block_mask(query, key, config.with_options(threshold=one.repeat(4)), mask_mod=mod)
+        got = create_sale_block_mask(query, key, config.with_options(threshold=one.expand(4)), mask_mod=mod)
         assert torch.equal(block_map(got).kept, block_map(expected).kept)
 
 

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 
-from sale_flex import SaleConfig, create_sale_block_mask, mods, reference, sale_attention
+from sale_flex import (
+    AuxRequest,
+    Mass,
+    Path,
+    Relative,
+    SaleConfig,
+    create_sale_block_mask,
+    mods,
+    reference,
+    sale_attention,
+)
 from sale_flex.testing import (
     Inputs,
     Shape,
@@ -25,22 +35,22 @@ from sale_flex.testing.strategies import seeds, shapes
 
 uncompiled = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
-SPARSE = SaleConfig.fast(threshold=0.02, min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
+SPARSE = SaleConfig(Mass.fast(threshold=0.02), min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
 
 RULES = {
-    "moments": {},
-    "default": {"estimator": "scan", "query_stride": 4, "bits": 8},
-    "moments of 4, 8 bits": {"sub_block": 4, "bits": 8},
-    "scan": {"estimator": "scan", "query_pool": 1},
-    "every 8th row": {"query_stride": 8},
-    "relative": {"metric": "relative", "threshold": 0.2},
-    "relative, 8 bits": {"metric": "relative", "threshold": 0.2, "bits": 8},
+    "moments": Mass.fast(0.02),
+    "default": Mass(0.02),
+    "moments of 4, 8 bits": Mass.fast(0.02, sub_block=4, bits=8),
+    "scan": Mass.fast(0.02, sub_block=1, pool=1),
+    "every 8th row": Mass.fast(0.02, pool=8, pool_mode="last"),
+    "relative": Relative(0.2),
+    "relative, 8 bits": Relative(0.2, bits=8),
 }
 
 
-def reference_map(inputs: Inputs, config: SaleConfig, shape: Shape, options: dict, path: str):
-    if "of every key" in path:  # what the path says the score_mod needs
-        config = replace(config, estimator="scan")
+def reference_map(inputs: Inputs, config: SaleConfig, shape: Shape, options: dict, reason: str):
+    if "every key" in reason:  # what the score_mod needs
+        config = config.with_options(sub_block=1)
     return reference.programmed_keep_map(inputs.query, inputs.key, config, inputs.value, **shape.positions(), **options)
 
 
@@ -63,7 +73,7 @@ def seen_of(inputs: Inputs, kept: torch.Tensor, config: SaleConfig, shape: Shape
         shape.kv_len,
         options.get("mask_mod"),
         options.get("block_mask"),
-        options.get("causal", True),
+        options.get("is_causal", True),
     )
     return seen & expand_blocks(kept, config.block_size, shape.q_len, shape.kv_len)
 
@@ -82,12 +92,12 @@ def test_kept_blocks_are_the_references(program, rule):
     shape = Shape(333, 400, batch=2, heads=4, kv_heads=2, head_dim=32, kv_range=((0, 400), (37, 390)))
     if program.startswith("neighborhood"):
         shape = replace(shape, q_len=400)
-    config = replace(SPARSE, **RULES[rule])
+    config = replace(SPARSE, rule=RULES[rule])
     inputs, options = structured_inputs(shape, 3), PROGRAMS[program](shape, "cpu")
     mask, stats = create_sale_block_mask(
         inputs.query, inputs.key, config, value=inputs.value, stats=True, **shape.positions(), **options
     )
-    expected = reference_map(inputs, config, shape, options, stats.path)
+    expected = reference_map(inputs, config, shape, options, stats.reason)
     made = block_map(mask)
     assert_same_blocks(made.kept, expected, within(shape))
     assert torch.equal(made.full, made.kept & expected.full)
@@ -107,12 +117,12 @@ def test_kept_blocks_are_the_references(program, rule):
 def test_kept_blocks_are_the_references_over_shapes(shape, program, rule, block_size, threshold, seed):
     if program.startswith("neighborhood") and shape.kv_len < 64:
         program = "window"
-    config = replace(SPARSE, **RULES[rule] | {"block_size": block_size, "threshold": threshold})
+    config = replace(SPARSE, rule=RULES[rule].with_threshold(threshold), block_size=block_size)
     inputs, options = structured_inputs(shape, seed), PROGRAMS[program](shape, "cpu")
     mask, stats = create_sale_block_mask(
         inputs.query, inputs.key, config, value=inputs.value, stats=True, **shape.positions(), **options
     )
-    expected = reference_map(inputs, config, shape, options, stats.path)
+    expected = reference_map(inputs, config, shape, options, stats.reason)
     made = block_map(mask)
     assert_same_blocks(made.kept, expected, within(shape))
     assert torch.equal(made.full, made.kept & expected.full)
@@ -138,13 +148,13 @@ COMPILED = ["documents", "neighborhood 2-d", "soft cap in documents", "a finer b
 def test_sale_attention_is_exact_on_the_kept_blocks(program):
     shape = Shape(300, 300, heads=4, kv_heads=2, head_dim=32)
     inputs, options = structured_inputs(shape, 1), PROGRAMS[program](shape, "cpu")
-    output, stats = sale_attention(*inputs, SPARSE, stats=True, scale=0.2, **options)
+    output, (_, stats) = sale_attention(*inputs, SPARSE, return_aux=AuxRequest(stats=True), scale=0.2, **options)
     mask = create_sale_block_mask(inputs.query, inputs.key, SPARSE, value=inputs.value, scale=0.2, **options)
     made = block_map(mask)
     assert torch.equal(stats.kept_blocks, made.kept.sum((-2, -1)))
     seen = seen_of(inputs, made.kept, SPARSE, shape, options)
     assert_output(output, inputs, seen, options.get("score_mod"), 0.2)
-    assert "under mods" in stats.path
+    assert stats.path is Path.FLEX
 
 
 @pytest.mark.parametrize("program", ["window", "alibi", "relative bias", "neighborhood 2-d, dilated"])
@@ -152,12 +162,12 @@ def test_threshold_zero_is_flex_attention_with_the_mod(program):
     shape = Shape(300, 300, heads=4, kv_heads=2, head_dim=32)
     inputs, options = structured_inputs(shape, 1), PROGRAMS[program](shape, "cpu")
     score_mod, masks = options.get("score_mod"), [options.get("mask_mod")]
-    masks += [mods.causal()] if options.get("causal", True) else []
+    masks += [mods.causal()] if options.get("is_causal", True) else []
     mask_mod = and_masks(*(mask for mask in masks if mask is not None))
     compiled = torch.compile(flex_attention, fullgraph=True)
     block_mask = create_block_mask(mask_mod, None, None, 300, 300, device="cpu")
     dense = compiled(*inputs, score_mod=score_mod, block_mask=block_mask, enable_gqa=True)
-    output = sale_attention(*inputs, replace(SPARSE, threshold=0.0), **options)
+    output = sale_attention(*inputs, SPARSE.with_threshold(0.0), **options)
     everything = torch.ones(1, 4, 5, 5, dtype=torch.bool)
     seen = seen_of(inputs, everything, SPARSE, shape, options)
     for either in (output, dense):
@@ -168,8 +178,8 @@ def test_threshold_zero_is_flex_attention_with_the_mod(program):
 def test_threshold_zero_keeps_all_that_is_visible(program):
     shape = Shape(300, 300, heads=4, kv_heads=2, head_dim=32)
     inputs, options = structured_inputs(shape, 1), PROGRAMS[program](shape, "cpu")
-    for metric in ("mass", "relative"):
-        config = replace(SPARSE, threshold=0.0, metric=metric)
+    for rule in (Mass.fast(0.0), Relative(0.0)):
+        config = replace(SPARSE, rule=rule)
         _, stats = create_sale_block_mask(inputs.query, inputs.key, config, stats=True, **options)
         assert torch.equal(stats.kept_blocks, stats.visible_blocks)
 
@@ -180,8 +190,8 @@ def test_log_sum_exp_and_sinks(program):
     inputs = structured_inputs(shape, 1)
     options = {} if program is None else PROGRAMS[program](shape, "cpu")
     sinks = torch.tensor([-torch.inf, 0.0, 3.0, 40.0])
-    plain, lse, stats = sale_attention(*inputs, SPARSE, return_lse=True, stats=True, **options)
-    assert stats.path.endswith("+ torch rows")
+    plain, (lse, stats) = sale_attention(*inputs, SPARSE, return_aux=AuxRequest(lse=True, stats=True), **options)
+    assert stats.path is Path.TORCH_ROWS
     made = block_map(create_sale_block_mask(inputs.query, inputs.key, SPARSE, value=inputs.value, **options))
     assert not made.kept.all()
     bounds = reference.make_bounds(1, 300, 300)
@@ -199,8 +209,11 @@ def test_log_sum_exp_and_sinks(program):
 def test_a_short_call_with_a_mod_is_dense_and_says_so():
     shape = Shape(60, 60, heads=4, kv_heads=2, head_dim=32)
     inputs, options = structured_inputs(shape, 1), PROGRAMS["alibi"](shape, "cpu")
-    output, stats = sale_attention(*inputs, replace(SPARSE, min_length=64), stats=True, **options)
-    assert stats.path == "dense flex: no more keys than min_length"
+    output, (_, stats) = sale_attention(
+        *inputs, replace(SPARSE, min_length=64), return_aux=AuxRequest(stats=True), **options
+    )
+    assert (stats.path, stats.reason) == (Path.DENSE_FLEX, "no more keys than min_length")
+    assert stats.ran_dense
     seen = seen_of(inputs, torch.ones(1, 4, 1, 1, dtype=torch.bool), SPARSE, shape, options)
     assert_output(output, inputs, seen, options["score_mod"])
 
@@ -233,7 +246,7 @@ class TestIgnore:
         mask = create_sale_block_mask(inputs.query, inputs.key, SPARSE, estimate_mods="ignore", **options)
         made = block_map(mask)
         plain = block_map(
-            create_sale_block_mask(inputs.query, inputs.key, SPARSE, causal=True, score_mod=lambda s, b, h, q, k: s)
+            create_sale_block_mask(inputs.query, inputs.key, SPARSE, is_causal=True, score_mod=lambda s, b, h, q, k: s)
         )
         assert torch.equal(made.kept, plain.kept)
         # Of a mask that is not looked at, no block is known to be full.
@@ -248,7 +261,7 @@ def test_the_sink_is_the_documents_own():
     shape = Shape(512, 512, heads=2, kv_heads=1, head_dim=32)
     inputs = structured_inputs(shape, 0)
     ids = (torch.arange(512) >= 192).int()
-    config = replace(SPARSE, threshold=1.0, local_tokens=1)
+    config = SPARSE.with_options(threshold=1.0, local_tokens=1)
     kept = block_map(create_sale_block_mask(inputs.query, inputs.key, config, mask_mod=mods.document(ids))).kept[0, 0]
     columns = [row.nonzero().flatten().tolist() for row in kept]
     assert columns == [[0], [0, 1], [0, 2], [3], [3, 4], [3, 5], [3, 6], [3, 7]]
@@ -275,7 +288,7 @@ def test_a_document_chooses_the_blocks_that_it_chooses_alone():
     [
         ({"score_mod": 3}, TypeError, "score_mod must be a callable.*got int"),
         ({"mask_mod": torch.ones(3)}, TypeError, "mask_mod must be a callable.*got Tensor"),
-        ({"causal": 1}, TypeError, "causal must be True or False, got 1"),
+        ({"is_causal": 1}, TypeError, "is_causal must be True or False, got 1"),
         ({"estimate_mods": "no"}, ValueError, "estimate_mods must be one of.*'no'"),
         ({"block_mask": torch.ones(3)}, TypeError, "block_mask must be a .*BlockMask.*Tensor"),
         ({"sink_logits": torch.zeros(3)}, ValueError, r"sink_logits must .*shape \[4\].*got shape \[3\]"),

@@ -21,8 +21,9 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 tl = pytest.importorskip("triton.language")
 
-from sale_flex.config import BLOCK_SIZES, POOLS, SUB_BLOCKS  # noqa: E402
+from sale_flex.config import BLOCK_SIZES  # noqa: E402
 from sale_flex.kernels import listed_compact, listed_mass, listed_pool, listed_relative, structure  # noqa: E402
+from sale_flex.rules.mass import POOLS, SUB_BLOCKS  # noqa: E402
 from sale_flex.validation import HEAD_DIMS  # noqa: E402
 
 
@@ -87,21 +88,21 @@ def launch_all(head_dim: int, dtype: torch.dtype, block_q: int, block_k: int, su
         (None, None, None),
     )
     for mask, score, listed in mods if (head_dim, sub_block) == (128, 8) else mods[:1]:
-        sight = bounds, True, mask, listed, 128, 128
+        spec = bounds, True, mask, listed, 128, 128
         key_range = (_window_range, (4096,)) if mask is not None else None
-        structure.block_structure(*sight[:3], key_range, *sight[3:], 1, length, length, *sizes)
+        structure.block_structure(*spec[:3], key_range, *spec[3:], 1, length, length, *sizes)
         listed_mass.listed_mass(
             key, *moments_of, *moments_of, ints(kv_heads, words), *pooled,
-            empty(heads, rows), empty(heads, rows), counts, lists, bits, *sight,
+            empty(heads, rows), empty(heads, rows), counts, lists, bits, *spec,
             score, threshold, 0.1, length, *sizes, sub_block, 4, 4, 99,
         )  # fmt: skip
         listed_relative.listed_limits(
-            query, key, mean, counts, lists, ends, *sight, score, threshold, 0.1, *sizes, 64, 128
+            query, key, mean, counts, lists, ends, *spec, score, threshold, 0.1, *sizes, 64, 128
         )
         listed_relative.listed_scan(
             codes(heads, length, head_dim), empty(heads, length),
             codes(kv_heads, length, head_dim), empty(kv_heads, nk),
-            empty(heads, length), empty(heads, length), counts, lists, *sight, score, 0.1, length, length, *sizes,
+            empty(heads, length), empty(heads, length), counts, lists, *spec, score, 0.1, length, length, *sizes,
         )  # fmt: skip
 
 
@@ -205,7 +206,7 @@ def test_the_estimate_keeps_to_registers_and_few_instructions(builds):
 def test_tiles_of_all_calls_are_whole(block_size, dtype):
     # What the kernel's compile-time arithmetic divides has to come out even, and every shape is a power of two.
     block_q, block_k = block_size
-    subs = [block_k // size for size in (1, *SUB_BLOCKS) if size <= block_k]
+    subs = [block_k // size for size in SUB_BLOCKS if size <= block_k]
     for dim, count, pool, group in itertools.product(HEAD_DIMS, subs, POOLS, (1, 2, 3, 4, 7, 8)):
         rows = block_q // pool
         together = listed_mass.heads_together(group, rows)

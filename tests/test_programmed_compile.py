@@ -10,11 +10,11 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import flex_attention
 
-from sale_flex import SaleConfig, create_sale_block_mask, flex, mods, reference, sale_attention
+from sale_flex import Mass, SaleConfig, create_sale_block_mask, flex, mods, reference, sale_attention
 from sale_flex.testing import Inputs, Shape, block_map, dense_attention, expand_blocks, structured_inputs
 from sale_flex.testing.programs import PROGRAMS
 
-CONFIG = SaleConfig.fast(threshold=0.03, min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
+CONFIG = SaleConfig(Mass.fast(threshold=0.03), min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
 SHAPE = Shape(300, 300, heads=4, kv_heads=2, head_dim=32)
 
 
@@ -30,7 +30,7 @@ def exact(inputs: Inputs, config: SaleConfig, options: dict) -> torch.Tensor:
     query, key, value = inputs
     mask = create_sale_block_mask(query, key, config, value=value, **options)
     bounds = reference.make_bounds(query.shape[0], query.shape[2], key.shape[2])
-    masks = options.get("mask_mod"), options.get("block_mask"), options.get("causal", True)
+    masks = options.get("mask_mod"), options.get("block_mask"), options.get("is_causal", True)
     seen = reference.seen_elements(bounds, query.shape[1], query.shape[2], key.shape[2], *masks)
     seen = seen & expand_blocks(block_map(mask).kept, config.block_size, query.shape[2], key.shape[2])
     return dense_attention(*inputs, seen, score_mod=options.get("score_mod"))
@@ -62,15 +62,15 @@ def test_sale_attention_compiled_by_inductor(program):
 
 
 READY = {
-    "causal": lambda x: {"mask_mod": mods.causal(), "causal": False},
+    "causal": lambda x: {"mask_mod": mods.causal(), "is_causal": False},
     "window": lambda x: {"mask_mod": mods.sliding_window(90)},
-    "prefix": lambda x: {"mask_mod": mods.prefix_lm(x["prefix"]), "causal": False},
+    "prefix": lambda x: {"mask_mod": mods.prefix_lm(x["prefix"]), "is_causal": False},
     "documents": lambda x: {"mask_mod": mods.document(x["ids"])},
     "window and documents": lambda x: {"mask_mod": mods.and_masks(mods.sliding_window(90), mods.document(x["ids"]))},
     "alibi": lambda x: {"score_mod": mods.alibi(x["slopes"])},
     "soft cap": lambda x: {"score_mod": mods.softcap(5.0)},
     "relative bias": lambda x: {"score_mod": mods.relative_bias(x["table"])},
-    "neighborhood": lambda x: {"mask_mod": mods.neighborhood((20, 15), 5), "causal": False},
+    "neighborhood": lambda x: {"mask_mod": mods.neighborhood((20, 15), 5), "is_causal": False},
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 
-from sale_flex import SaleConfig, create_sale_block_mask, mods, reference, sale_attention
+from sale_flex import AuxRequest, Mass, Relative, SaleConfig, create_sale_block_mask, mods, reference, sale_attention
 from sale_flex.testing import (
     Inputs,
     Shape,
@@ -27,15 +27,15 @@ from gpu_harness import assert_selective, on_gpu, selective_inputs
 
 pytestmark = pytest.mark.gpu
 
-SPARSE = SaleConfig.fast(threshold=0.1, min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
+SPARSE = SaleConfig(Mass.fast(threshold=0.1), min_length=0, local_tokens=24, sink_tokens=8, smooth_tokens=100)
 
 RULES = {
-    "moments": {},
-    "default": {"estimator": "scan", "query_stride": 4, "bits": 8},
-    "moments of 4, 8 bits": {"sub_block": 4, "bits": 8},
-    "scan": {"estimator": "scan", "query_pool": 1},
-    "every 8th row": {"query_stride": 8},
-    "relative": {"metric": "relative", "threshold": 0.4},
+    "moments": Mass.fast(0.1),
+    "default": Mass(0.1),
+    "moments of 4, 8 bits": Mass.fast(0.1, sub_block=4, bits=8),
+    "scan": Mass.fast(0.1, sub_block=1, pool=1),
+    "every 8th row": Mass.fast(0.1, pool=8, pool_mode="last"),
+    "relative": Relative(0.4),
 }
 
 
@@ -52,15 +52,15 @@ def test_kept_blocks_are_the_references(program, rule):
     shape = Shape(700, 900, batch=2, heads=4, kv_heads=2, head_dim=64, kv_range=((0, 900), (37, 890)))
     if program.startswith("neighborhood"):
         shape = replace(shape, q_len=900)
-    config = replace(SPARSE, **RULES[rule])
+    config = replace(SPARSE, rule=RULES[rule])
     inputs = selective_inputs(shape, 3)
     query, key, value = on_gpu(inputs)
     where = shape.positions("cuda")
     mask, stats = create_sale_block_mask(
         query, key, config, value=value, stats=True, **where, **PROGRAMS[program](shape, "cuda")
     )
-    if "of every key" in stats.path:
-        config = replace(config, estimator="scan")
+    if "every key" in stats.reason:
+        config = config.with_options(sub_block=1)
     expected = reference.programmed_keep_map(
         inputs.query, inputs.key, config, inputs.value, **shape.positions(), **PROGRAMS[program](shape, "cpu")
     )
@@ -85,18 +85,18 @@ def test_kept_blocks_are_the_references(program, rule):
     ],
 )
 @pytest.mark.parametrize("program", ["soft cap in documents", "a user's mask by head", "relative bias"])
-@pytest.mark.parametrize("metric", ["mass", "relative"])
-def test_shapes_and_dtypes(program, metric, head_dim, dtype, block_size, heads, kv_heads):
+@pytest.mark.parametrize("rule", [Mass.fast(0.2), Relative(0.4)], ids=["mass", "relative"])
+def test_shapes_and_dtypes(program, rule, head_dim, dtype, block_size, heads, kv_heads):
     shape = Shape(1000, 1300, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
-    config = replace(SPARSE, metric=metric, block_size=block_size, threshold=0.4 if metric == "relative" else 0.2)
+    config = replace(SPARSE, rule=rule, block_size=block_size)
     inputs = selective_inputs(shape, 3)
     query, key, value = on_gpu(inputs)
     mask, stats = create_sale_block_mask(
         query, key, config, value=value, stats=True, **PROGRAMS[program](shape, "cuda")
     )
     assert_selective(stats.density)
-    if "of every key" in stats.path:
-        config = replace(config, estimator="scan")
+    if "every key" in stats.reason:
+        config = config.with_options(sub_block=1)
     expected = reference.programmed_keep_map(
         inputs.query, inputs.key, config, inputs.value, **PROGRAMS[program](shape, "cpu")
     )
@@ -105,7 +105,7 @@ def test_shapes_and_dtypes(program, metric, head_dim, dtype, block_size, heads, 
 
 def seen_of(kept: torch.Tensor, config: SaleConfig, shape: Shape, options: dict) -> torch.Tensor:
     bounds = reference.make_bounds(shape.batch, shape.q_len, shape.kv_len, device="cuda")
-    masks = options.get("mask_mod"), options.get("block_mask"), options.get("causal", True)
+    masks = options.get("mask_mod"), options.get("block_mask"), options.get("is_causal", True)
     seen = reference.seen_elements(bounds, shape.heads, shape.q_len, shape.kv_len, *masks)
     return seen & expand_blocks(kept, config.block_size, shape.q_len, shape.kv_len)
 
@@ -122,7 +122,7 @@ def assert_output(output, inputs: Inputs, seen, score_mod=None) -> None:
 def test_attention_is_exact_on_the_kept_blocks(program):
     shape = Shape(1000, 1000, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
     inputs, options = on_gpu(selective_inputs(shape, 1)), PROGRAMS[program](shape, "cuda")
-    output, lse, stats = sale_attention(*inputs, SPARSE, stats=True, return_lse=True, **options)
+    output, (lse, stats) = sale_attention(*inputs, SPARSE, return_aux=AuxRequest(lse=True, stats=True), **options)
     mask = create_sale_block_mask(inputs.query, inputs.key, SPARSE, value=inputs.value, **options)
     assert_selective(stats.density)
     made = block_map(mask)
@@ -146,10 +146,12 @@ def test_attention_is_exact_on_the_kept_blocks(program):
 def test_threshold_zero_is_flex_attention_with_the_mod(program):
     shape = Shape(1000, 1000, heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
     inputs, options = on_gpu(selective_inputs(shape, 1)), PROGRAMS[program](shape, "cuda")
-    output, stats = sale_attention(*inputs, replace(SPARSE, threshold=0.0), stats=True, **options)
+    output, (_, stats) = sale_attention(
+        *inputs, SPARSE.with_threshold(0.0), return_aux=AuxRequest(stats=True), **options
+    )
     assert torch.equal(stats.kept_blocks, stats.visible_blocks)
     masks = [options.get("mask_mod"), getattr(options.get("block_mask"), "mask_mod", None)]
-    masks += [mods.causal()] if options.get("causal", True) else []
+    masks += [mods.causal()] if options.get("is_causal", True) else []
     mask_mod = and_masks(*(mask for mask in masks if mask is not None))
     block_mask = create_block_mask(mask_mod, None, None, 1000, 1000, device="cuda")
     score_mod = options.get("score_mod")
@@ -167,7 +169,9 @@ def test_sinks_take_their_share():
     inputs = on_gpu(selective_inputs(shape, 1))
     sinks = torch.tensor([-torch.inf, 0.0, 3.0, 40.0], device="cuda")
     for options in ({}, PROGRAMS["alibi"](shape, "cuda")):
-        output, stats = sale_attention(*inputs, SPARSE, sink_logits=sinks, stats=True, **options)
+        output, (_, stats) = sale_attention(
+            *inputs, SPARSE, sink_logits=sinks, return_aux=AuxRequest(stats=True), **options
+        )
         assert_selective(stats.density)
         made = block_map(create_sale_block_mask(inputs.query, inputs.key, SPARSE, value=inputs.value, **options))
         how = {"bounds": reference.make_bounds(1, 1000, 1000, device="cuda"), "block_size": (64, 64), "scale": 0.125}
@@ -179,7 +183,7 @@ def test_sinks_take_their_share():
 @pytest.mark.parametrize("program", [None, "documents", "alibi", "soft cap"])
 def test_gradients_are_those_of_dense_attention_under_the_mask(program):
     shape = Shape(1000, 1000, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
-    config = replace(SPARSE, block_size=(128, 128), threshold=0.2)
+    config = SPARSE.with_options(threshold=0.2, block_size=(128, 128))
     options = {} if program is None else PROGRAMS[program](shape, "cuda")
     inputs = on_gpu(selective_inputs(shape, 1))
     # About as large as rows' log-sum-exps, so that sinks take a share: gradients of next to nothing are all rounding.
@@ -262,9 +266,10 @@ def test_no_stage_waits_for_the_host():
     inputs = on_gpu(selective_inputs(shape, 1))
     for program in ("soft cap in documents", "alibi", "relative bias", "a user's mask by head", "a block mask"):
         options = PROGRAMS[program](shape, "cuda")
-        for metric in ("mass", "relative"):
-            config = replace(SPARSE, metric=metric)
-            assert_selective(sale_attention(*inputs, config, stats=True, **options).stats.density)
+        for rule in (SPARSE.rule, Relative(0.1)):
+            config = replace(SPARSE, rule=rule)
+            _, aux = sale_attention(*inputs, config, return_aux=AuxRequest(stats=True), **options)
+            assert_selective(aux.stats.density)
             torch.cuda.synchronize()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
@@ -280,7 +285,8 @@ def test_a_cuda_graph_holds_a_programmed_call():
     inputs, others = (on_gpu(selective_inputs(shape, seed)) for seed in (1, 2))
     options = PROGRAMS["soft cap in documents"](shape, "cuda")
     static = Inputs(*(x.clone() for x in inputs))
-    assert_selective(sale_attention(*static, SPARSE, stats=True, **options).stats.density)
+    _, aux = sale_attention(*static, SPARSE, return_aux=AuxRequest(stats=True), **options)
+    assert_selective(aux.stats.density)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = sale_attention(*static, SPARSE, **options)
@@ -308,7 +314,7 @@ def test_a_window_at_length_has_bounded_lists_and_drops_nothing():
         torch.randn(1, heads, length, 64, device="cuda", dtype=torch.bfloat16, generator=generator) for heads in (4, 1)
     )
     # A window of 64 blocks: some rows have a little more than 1/64 of their mass in one.
-    config = replace(SPARSE, threshold=0.0175)
+    config = SPARSE.with_threshold(0.0175)
     mask, stats = create_sale_block_mask(query, key, config, mask_mod=mods.sliding_window(4096), stats=True)
     assert mask.kv_indices.shape[3] < length // 64
     assert int(stats.dropped_blocks.sum()) == 0

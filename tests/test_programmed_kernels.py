@@ -48,7 +48,7 @@ def test_structure(options):
 @pytest.mark.parametrize(("mask", "key_range"), [("window", None), ("window", (window_range, (200,))), ("all", None)])
 def test_structure_of_many_words(mask, key_range, monkeypatch):
     # More words than a program takes, or than it takes at a time, and a row of blocks whose last word is not full.
-    s = make(q_len=64, kv_len=32 * 300, block=(64, 32), mask=mask, causal=False)
+    s = make(q_len=64, kv_len=32 * 300, block=(64, 32), mask=mask, is_causal=False)
     sizes = s.q_len, s.kv_len, *s.block
     got = structure.block_structure(s.bounds, False, s.kernel_mask, key_range, None, 0, 0, 1, *sizes)
     assert all(torch.equal(*pair) for pair in zip(got, (s.visible, s.full, s.rows)))
@@ -141,20 +141,21 @@ def check_mass(s: SimpleNamespace) -> tuple[int, int]:
 
 MASS = [
     {"threshold": 0.3},
-    {"score": "alibi", "mask": "window", "causal": False, "heads": 4, "kv_heads": 1},
+    {"score": "alibi", "mask": "window", "is_causal": False, "heads": 4, "kv_heads": 1},
     {"score": "soft cap", "heads": 4, "kv_heads": 2, "pool": 1, "bits": 8, "threshold": 0.4},
     {"score": "bias", "sub_block": 1, "dim": 80, "heads": 3, "threshold": 0.3},
-    {"score": "bias", "sub_block": 4, "dim": 64, "sample": True, "causal": False, "threshold": 0.3},
+    {"score": "bias", "sub_block": 4, "dim": 64, "sample": True, "is_causal": False, "threshold": 0.3},
     {"mask": "documents", "sub_block": 32, "block": (64, 32), "pool": 16, "threshold": 0.15},
     {"mask": "by head", "heads": 4, "kv_heads": 2, "score": "alibi", "block": (128, 64)},
-    {"mask": "documents", "block": (128, 128), "sub_block": 64, "causal": False, "dtype": torch.float16},
+    {"mask": "documents", "block": (128, 128), "sub_block": 64, "is_causal": False, "dtype": torch.float16},
     {
         "kv_range": ((0, 530), (77, 510)), "q_len": 480, "batch": 2, "sub_block": 1, "bits": 8, "block": (128, 128),
         "threshold": 0.55,
     },
     {"listed": (64, 64), "score": "alibi", "threshold": 0.05},
     {"listed": (32, 16), "mask": "window", "pool": 8, "threshold": 0.3},
-    {"listed": (128, 256), "causal": False, "listed_heads": 2, "score": "soft cap", "sub_block": 16, "threshold": 0.3},
+    {"listed": (128, 256), "is_causal": False, "listed_heads": 2, "score": "soft cap", "sub_block": 16,
+     "threshold": 0.3},
 ]  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def test_mass(options):
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_mass_of_extreme_thresholds(threshold):
-    hits, candidates = check_mass(make(threshold=threshold, mask="documents", causal=False))
+    hits, candidates = check_mass(make(threshold=threshold, mask="documents", is_causal=False))
     assert hits == (candidates if threshold == 0 else 0)
 
 
@@ -181,7 +182,7 @@ def test_mass_where_the_exact_part_is_no_reference(score, sub_block):
 
 
 def test_mass_without_an_exact_part():
-    s = make(causal=False, sink=0, local=1, q_len=64, kv_len=640, threshold=0.15)
+    s = make(is_causal=False, sink=0, local=1, q_len=64, kv_len=640, threshold=0.15)
     # As if the rows' own blocks were candidates as well, and whole.
     s.counts[..., 2] += s.counts[..., 0] + s.counts[..., 1]
     s.counts[..., :2] = 0
@@ -200,7 +201,7 @@ def test_mass_of_what_is_not_finite():
 
 @pytest.mark.parametrize(("budget", "threshold"), [(0, 0.05), (1, 0.0), (3, 0.05)])
 def test_mass_within_a_budget(budget, threshold):
-    s = make(q_len=400, kv_len=400, threshold=threshold, budget=budget, heads=4, mask="documents", causal=False)
+    s = make(q_len=400, kv_len=400, threshold=threshold, budget=budget, heads=4, mask="documents", is_causal=False)
     s.query[0, 1, 200, 0] = torch.nan
     s.key[0, 0, 3, 0] = torch.nan
     check_mass(s)
@@ -214,15 +215,15 @@ def test_mass_of_blocks_that_take_many_steps_and_tiles():
 RELATIVE = [
     {},
     {"threshold": 0.0},
-    {"score": "alibi", "mask": "window", "causal": False, "heads": 4},
+    {"score": "alibi", "mask": "window", "is_causal": False, "heads": 4},
     {"score": "soft cap", "heads": 4, "kv_heads": 2, "bits": 8},
     {"score": "bias", "dim": 80, "heads": 3, "kv_range": ((13, 330),)},
     {"mask": "documents", "block": (64, 32)},
     {"mask": "by head", "heads": 4, "kv_heads": 2, "score": "alibi", "block": (128, 64)},
-    {"mask": "documents", "block": (128, 128), "causal": False, "q_len": 530, "kv_len": 530, "heads": 1},
+    {"mask": "documents", "block": (128, 128), "is_causal": False, "q_len": 530, "kv_len": 530, "heads": 1},
     {"kv_range": ((0, 330), (77, 310)), "q_len": 280, "batch": 2},
-    {"listed": (32, 16), "causal": False},
-    {"listed": (128, 256), "causal": False, "listed_heads": 2},
+    {"listed": (32, 16), "is_causal": False},
+    {"listed": (128, 256), "is_causal": False, "listed_heads": 2},
 ]
 
 
@@ -300,7 +301,7 @@ def test_mods_that_the_bridge_makes():
     for mod, kind in ((score_mod, "score"), (mask_mod, "mask")):
         key, tensors, *_ = bridge.describe(mod, kind)
         kernel[kind] = bridge.program(key).triton, bridge.program(key).arguments(tensors)
-    s = make(q_len=400, kv_len=400, heads=4, causal=False, mask="documents", score="alibi", threshold=0.1)
+    s = make(q_len=400, kv_len=400, heads=4, is_causal=False, mask="documents", score="alibi", threshold=0.1)
     got = structure.block_structure(s.bounds, False, kernel["mask"], None, None, 0, 0, 1, s.q_len, s.kv_len, *s.block)
     assert all(torch.equal(*pair) for pair in zip(got, (s.visible, s.full, s.rows)))
     s.sight = (s.bounds, False, kernel["mask"], None, 0, 0)

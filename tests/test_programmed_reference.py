@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from sale_flex import SaleConfig, reference
+from sale_flex import Mass, Relative, SaleConfig, reference
 from sale_flex.reference.programmed import programmed_attention, programmed_keep_map
 from sale_flex.testing import Inputs, Shape, random_inputs, structured_inputs
 from sale_flex.testing.strategies import configs, seeds, shapes
@@ -50,7 +50,7 @@ PLAIN = shapes(max_tokens=400, groups=(1, 3), head_dims=(32,))
 SMALL_BLOCKS = ((64, 64), (64, 32))
 
 
-@given(PLAIN, seeds(), configs(metrics=("relative",), block_sizes=SMALL_BLOCKS, max_window=60), st.booleans())
+@given(PLAIN, seeds(), configs(kinds=(Relative,), block_sizes=SMALL_BLOCKS, max_window=60), st.booleans())
 def test_without_mods_the_reference_of_the_relative_rule_is_the_plain_one(shape, seed, config, bad_value):
     x = structured_inputs(shape, seed)
     value = x.value.clone()
@@ -77,7 +77,7 @@ def plain_mass_slack(inputs: Inputs, config: SaleConfig) -> float:
     """
     query, key = float(inputs.query.abs().max()), 2 * float(inputs.key.abs().max())
     units = 0.0
-    if config.bits == 8:
+    if config.rule.bits == 8:
         scale = inputs.query.shape[3] ** -0.5
         per_row, per_key, per_square = query / 127, key / 127, key * key / 127
         units = 255 * scale * (per_row * per_key + scale / 2 * 128 * per_row**2 * per_square)
@@ -87,7 +87,7 @@ def plain_mass_slack(inputs: Inputs, config: SaleConfig) -> float:
 @given(
     shapes(max_tokens=500, min_tokens=100, groups=(1, 2), head_dims=(32,)),
     seeds(),
-    configs(metrics=("mass",), block_sizes=SMALL_BLOCKS, max_window=30, max_min_length=40),
+    configs(kinds=(Mass,), block_sizes=SMALL_BLOCKS, max_window=30, max_min_length=40),
 )
 def test_without_mods_the_reference_of_the_mass_rule_is_the_plain_one(shape, seed, config):
     x = random_inputs(shape, seed)

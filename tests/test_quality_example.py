@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sale_flex import SaleConfig, attention, create_sale_block_mask
+from sale_flex import Mass, SaleConfig, attention, create_sale_block_mask
 from sale_flex.bench.captured import Captured
 from sale_flex.demo.model import PACKAGED
 from sale_flex.testing import Shape, block_map, expand_blocks, plant_needle, random_inputs
@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 import measure_quality
 import quality_model
 import quality_rules
+from config_harness import as_rule
 from quality_rules import Needed, Point, Rows, density_needed, parse_rules, ratio, verdict
 
 COMMON = SaleConfig(min_length=64, local_tokens=64)
@@ -65,10 +66,10 @@ def test_rules_as_they_are_written():
         "moments/query_pool=1/block_size=64x32:0.02",
         "calibrated/bits=8:0.1",
     ]
-    assert rules[1].config == replace(COMMON, metric="relative", bits=4, threshold=0.016)
-    fast = SaleConfig.fast(0.02, min_length=64, local_tokens=64)
-    assert rules[2].config == replace(fast, query_pool=1, block_size=(64, 32))
-    assert rules[3].config == replace(COMMON, metric="relative", bits=8)
+    assert rules[1].config == as_rule(COMMON, "relative").with_options(threshold=0.016, bits=4)
+    fast = SaleConfig(Mass.fast(0.02), min_length=64, local_tokens=64)
+    assert rules[2].config == fast.with_options(pool=1, block_size=(64, 32))
+    assert rules[3].config == as_rule(COMMON, "relative").with_options(bits=8)
     assert [rule.calibrated for rule in rules] == [False, False, False, True]
     late = parse_rules("calibrated:0.1,calibrated/start=0.1:0.1", COMMON)
     assert [rule.start for rule in late] == [0.008, 0.1]
@@ -187,12 +188,12 @@ def test_rows_are_measured_once(tmp_path, capsys):
 
 @pytest.mark.parametrize(("allowed", "relative"), [(0.2, True), (0.6, False)])
 def test_calibration_is_the_largest_halving_that_errs_by_little(coarse, allowed, relative):
-    tensors, config = captured(0, 0.7, 1.0, 2.0, 3.0), replace(COMMON, metric="relative")
+    tensors, config = captured(0, 0.7, 1.0, 2.0, 3.0), as_rule(COMMON, "relative")
     dense = scaled_dot_product_attention(*tensors[:3], is_causal=True, enable_gqa=True)
     limit = allowed * dense.abs().sum(-1).mean((0, 2)) if relative else torch.full((4,), allowed)
     expected = [0.0] * 4
     for tau in reversed(coarse):
-        output = attention.sale_attention(*tensors[:3], replace(config, threshold=tau))
+        output = attention.sale_attention(*tensors[:3], config.with_options(threshold=tau))
         below = (output - dense).abs().sum(-1).mean((0, 2)) < limit
         expected = [tau if passes else last for last, passes in zip(expected, below.tolist())]
     assert len(set(expected)) > 2
@@ -200,7 +201,7 @@ def test_calibration_is_the_largest_halving_that_errs_by_little(coarse, allowed,
 
 
 def test_calibration_only_falls_and_ends_dense(coarse):
-    config = replace(COMMON, metric="relative")
+    config = as_rule(COMMON, "relative")
     samples = [{0: captured(0, 1.0, 2.0, 2.0, 3.0)}, {0: captured(1, 3.0, 2.0, 2.0, 1.0)}]
     first, second = (quality_model.calibrate([sample], config, coarse[0], 0.2, True)[0] for sample in samples)
     both = quality_model.calibrate(samples, config, coarse[0], 0.2, True)[0]
@@ -220,14 +221,14 @@ def test_needles_are_what_they_are_called(block_size):
     logits = inputs[0].double() @ inputs[1].double().repeat_interleave(2, 1).mT * tensors.scale
     causal = torch.ones(448, 448, dtype=torch.bool).tril()
     weights = logits.masked_fill(~causal, -torch.inf).softmax(-1)
-    kept_anyway = block_map(create_sale_block_mask(*inputs[:2], replace(config, threshold=1.0))).kept
+    kept_anyway = block_map(create_sale_block_mask(*inputs[:2], config.with_options(threshold=1.0))).kept
     far = causal & ~expand_blocks(kept_anyway, block_size, 448, 448)
     expected = {tuple(at) for at in ((weights >= 0.6) & far)[0].nonzero().tolist()}
     needles = quality_model.find_needles(tensors, config, chunk=100)
     assert {tuple(needle) for needle in needles.tolist()} == expected
     assert {(0, 300, 100), (3, 447, 200)} <= expected
     for threshold, all_kept in ((0.0, True), (1.0, False)):
-        hits, stats = quality_model.kept_needles(tensors, replace(config, threshold=threshold), needles)
+        hits, stats = quality_model.kept_needles(tensors, config.with_options(threshold=threshold), needles)
         assert hits.tolist() == [all_kept] * len(needles)
         assert (int(stats.kept_blocks.sum()) == int(stats.visible_blocks.sum())) == all_kept
 

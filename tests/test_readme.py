@@ -41,9 +41,9 @@ def test_the_code_runs_and_its_two_ways_agree():
     code = code_of("README.md")[0]
     code = code.replace('"cuda"', '"cpu"').replace("16384", "2048").replace(" 32,", " 4,").replace(" 8,", " 2,")
     names: dict = {}
-    code = code.replace("mask =", "first = out\nmask =").replace("out, stats =", "_, stats =")
+    code = code.replace("mask =", "first = out\nmask =").replace("out, aux =", "_, aux =")
     exec(code, names)
-    assert names["stats"].path == "dense sdpa on the first 1024 rows, torch scan + flex on the others"
+    assert names["aux"].stats.describe() == "flex_attention after 1024 dense rows"
     # One computation with two mask_mods that hide the same elements, but for the rows that SDPA computes.
     first, out = names["first"], names["out"]
     assert first[:, :, 1024:].equal(out[:, :, 1024:])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sale_flex import SaleConfig, reference
+from sale_flex import Relative, SaleConfig, reference
 from sale_flex.testing import Shape, causal_mask, dense_attention, random_inputs, structured_inputs
 from sale_flex.testing.strategies import configs, seeds, shapes
 
@@ -16,7 +16,7 @@ from sale_flex.testing.strategies import configs, seeds, shapes
 def keep_by_definition(shape: Shape, query, key, config) -> dict[tuple[int, int, int, int], tuple[bool, float]]:
     """(batch, head, row, column) of every visible block -> is it kept, and how far from the threshold is it."""
     block_q, block_k = config.block_size
-    top = 2 ** (config.bits - 1) - 1
+    top = 2 ** (config.rule.bits - 1) - 1
     scale = shape.head_dim**-0.5
     blocks: dict[tuple[int, int, int, int], tuple[bool, float]] = {}
     for b in range(shape.batch):
@@ -31,7 +31,8 @@ def keep_by_definition(shape: Shape, query, key, config) -> dict[tuple[int, int,
                 group = smooth[first : min(first + block_k, end)].float()
                 for j in range(first, min(first + block_k, end)):
                     key_scale[j] = float(group.abs().max()) / top or 1.0  # 0 where a key is its own smoothing prefix
-            tau = config.threshold if isinstance(config.threshold, float) else float(config.threshold[head])
+            threshold = config.rule.threshold
+            tau = threshold if isinstance(threshold, float) else float(threshold[head])
             for i in range(shape.q_len):
                 p = shape.offset + i
                 if not start <= p < end:
@@ -65,10 +66,10 @@ def keep_by_definition(shape: Shape, query, key, config) -> dict[tuple[int, int,
 @given(
     shapes(max_tokens=150, min_tokens=64, batch=1, kv_heads=(1,), groups=(1, 2), head_dims=(32,)),
     seeds(),
-    configs(metrics=("relative",), max_min_length=80),
+    configs(kinds=(Relative,), max_min_length=80),
 )
 def test_keep_map_is_the_definition(shape, seed, config):
-    if isinstance(config.threshold, torch.Tensor):
+    if isinstance(config.rule.threshold, torch.Tensor):
         return
     query, key, _ = structured_inputs(shape, seed)
     expected = keep_by_definition(shape, query, key, config)
@@ -98,7 +99,7 @@ def test_keep_map_of_a_row_worked_out_by_hand():
     options = {"min_length": 0, "smooth_tokens": 0, "sink_tokens": 1, "local_tokens": 64}
     total = math.exp(2) + 64
     for share, kept in ((1.001, False), (0.999, True)):
-        config = SaleConfig(metric="relative", threshold=share / total, **options)
+        config = SaleConfig(Relative(share / total, bits=8), **options)
         result = reference.keep_map(query, key, config, scale=scale, dtype=torch.float64)
         assert bool(result.kept[0, 0, 3, 1]) is kept
         assert result.kept[0, 0, 3].tolist() == [True, kept, True, True]  # sink, in question, local, diagonal
@@ -119,7 +120,7 @@ def test_masked_attention_over_everything_is_dense_attention(shape, seed):
 def test_float32_and_float64_agree_off_the_threshold(dtype):
     shape = Shape(512, 512, heads=4, kv_heads=2, head_dim=32)
     query, key, _ = structured_inputs(shape, 3)
-    config = SaleConfig(metric="relative", threshold=0.05, min_length=0, local_tokens=64)
+    config = SaleConfig(Relative(0.05, bits=8), min_length=0, local_tokens=64)
     exact = reference.keep_map(query, key, config, dtype=torch.float64)
     got = reference.keep_map(query, key, config, dtype=dtype)
     assert 0.2 < exact.kept.sum() / (4 * exact.visible.sum()) < 0.8  # the rule decides something here

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sale_flex import SaleConfig, reference
+from sale_flex import Relative, SaleConfig, reference
 from sale_flex.bits import pack_bits, unpack_bits
 from sale_flex.config import BLOCK_SIZES
 from sale_flex.fallback import compact, quantize, row_limits, scan
@@ -30,7 +30,7 @@ from sale_flex.testing.strategies import HEAD_DIMS, block_maps, configs, seeds, 
 # The interpreter computes with numpy, which warns where IEEE arithmetic is meant: ln 0, inf - inf, casts of NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
 
-RELATIVE = configs(metrics=("relative",))
+RELATIVE = configs(kinds=(Relative,))
 SMALL = shapes(max_tokens=260, min_tokens=70, head_dims=HEAD_DIMS, kv_heads=(1, 2), groups=(1, 2, 3), batch=1)
 
 
@@ -45,10 +45,10 @@ def stages(shape, seed, config, inputs=structured_inputs) -> SimpleNamespace:
     """What the rule's last two stages take, from the torch path."""
     x = inputs(shape, seed)
     bounds = reference.make_bounds(shape.batch, shape.q_len, shape.kv_len, **shape.positions())
-    threshold = torch.as_tensor(config.threshold, dtype=torch.float32).expand(shape.heads).contiguous()
+    threshold = torch.as_tensor(config.rule.threshold, dtype=torch.float32).expand(shape.heads).contiguous()
     mean = reference.key_mean(x.key, bounds, config.smooth_tokens)
-    query_codes, query_scale = quantize.quantize_rows(x.query, config.bits)
-    key_codes, key_scale = quantize.quantize_groups(x.key, mean, bounds, config.block_size[1], config.bits)
+    query_codes, query_scale = quantize.quantize_rows(x.query, config.rule.bits)
+    key_codes, key_scale = quantize.quantize_groups(x.key, mean, bounds, config.block_size[1], config.rule.bits)
     return SimpleNamespace(**locals(), scale=shape.head_dim**-0.5)
 
 
@@ -148,7 +148,7 @@ def check_scan(implementation, shape, seed, config, special):
 def test_scan_of_keys_that_start_anywhere(block_size, start):
     # The columns of every block before such a start belong to the group before.
     shape = Shape(330, 330, heads=2, kv_heads=1, head_dim=32, kv_range=((start, 325),))
-    config = SaleConfig(metric="relative", block_size=block_size, sink_tokens=0)
+    config = SaleConfig(Relative(bits=8), block_size=block_size, sink_tokens=0)
     for implementation in (scan, kernel("scan")):
         for seed in (1, 2):
             check_scan(implementation, shape, seed, config, torch.nan)
@@ -317,6 +317,6 @@ def test_bits_round_trip(blocks, seed):
 def test_selective_limits_select():
     # Guards the scan's tests against becoming vacuous: hits are some blocks, not none and not all.
     shape = Shape(512, 512, heads=2, kv_heads=1, head_dim=32)
-    s = stages(shape, 5, SaleConfig(metric="relative"))
+    s = stages(shape, 5, SaleConfig(Relative(bits=8)))
     hits = hits_by_definition(s, shape, selective_limits(s, shape, (64, 64), 5), (64, 64))
     assert 0.2 < hits.sum() / any_in_block(causal_mask(shape), (64, 64)).sum() / 2 < 0.8

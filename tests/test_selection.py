@@ -10,8 +10,9 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from sale_flex import SaleConfig, create_sale_block_mask, ops, reference
-from sale_flex.index_lists import list_widths
+from sale_flex import Mass, Path, Relative, SaleConfig, create_sale_block_mask, ops, reference
+from sale_flex.geometry import Grid
+from sale_flex.index_lists import plain_room
 from sale_flex.testing import (
     Shape,
     any_in_block,
@@ -78,7 +79,7 @@ def test_kept_blocks_are_visible_and_the_lists_are_exact(call, seed):
 @given(calls(max_tokens=400), seeds())
 def test_sink_local_and_diagonal_are_always_kept(call, seed):
     shape, config = call
-    blocks = chosen(shape, structured_inputs(shape, seed), replace(config, threshold=1e6))
+    blocks = chosen(shape, structured_inputs(shape, seed), config.with_threshold(1e6))
     seen = causal_mask(shape)
     position = torch.arange(shape.q_len)[:, None] + shape.offset
     at = torch.arange(shape.kv_len)
@@ -93,7 +94,7 @@ def test_sink_local_and_diagonal_are_always_kept(call, seed):
 @given(calls(max_tokens=400), seeds())
 def test_threshold_zero_keeps_everything_visible(call, seed):
     shape, config = call
-    blocks = chosen(shape, structured_inputs(shape, seed), replace(config, threshold=0.0))
+    blocks = chosen(shape, structured_inputs(shape, seed), config.with_threshold(0.0))
     assert torch.equal(blocks.kept, any_in_block(causal_mask(shape), config.block_size).expand_as(blocks.kept))
 
 
@@ -105,7 +106,7 @@ SELECTIVE = {"min_tokens": 300, "groups": (1, 2, 3), "max_min_length": 0, "max_w
 def test_a_higher_threshold_never_adds_a_block(call, seed, one, other):
     shape, config = call
     inputs = structured_inputs(shape, seed)
-    low, high = (chosen(shape, inputs, replace(config, threshold=t)).kept for t in sorted((one, other)))
+    low, high = (chosen(shape, inputs, config.with_threshold(t)).kept for t in sorted((one, other)))
     assert not (high & ~low).any()
     event(f"removed blocks: {bool((low & ~high).any())}")
 
@@ -115,9 +116,9 @@ def test_a_threshold_per_head_is_that_heads_threshold(call, seed):
     shape, config = call
     inputs = structured_inputs(shape, seed)
     values = torch.tensor([0.0, 0.01, 0.1, 1.0, 30.0]).repeat(shape.heads)[: shape.heads]
-    together = chosen(shape, inputs, replace(config, threshold=values)).kept
+    together = chosen(shape, inputs, config.with_threshold(values)).kept
     for head in {0, 1, shape.heads - 1} & set(range(shape.heads)):
-        alone = chosen(shape, inputs, replace(config, threshold=float(values[head]))).kept
+        alone = chosen(shape, inputs, config.with_threshold(float(values[head]))).kept
         assert torch.equal(together[:, head], alone[:, head])
     assert torch.equal(together[:, 0], any_in_block(causal_mask(shape), config.block_size)[:, 0])  # 0: dense
 
@@ -132,7 +133,7 @@ def count_differing(call, seed, special=None) -> int:
     expected = reference.keep_map(
         inputs.query, inputs.key, config, inputs.value, dtype=torch.float64, **shape.positions()
     )
-    within = mass_error_bound(inputs.query, inputs.key) if config.metric == "mass" else 1e-5
+    within = mass_error_bound(inputs.query, inputs.key) if config.rule.name == "mass" else 1e-5
     return assert_same_blocks(blocks.kept, expected, within)
 
 
@@ -157,9 +158,8 @@ def test_the_kernels_keep_the_references_blocks(call, seed, special):
 @pytest.mark.parametrize("group", [5, 7])
 def test_the_kernels_share_keys_among_groups_of_any_size(group, metric):
     shape = Shape(200, 200, heads=2 * group, kv_heads=2, head_dim=32, kv_range=((37, 200),))
-    config = SaleConfig.fast(
-        metric=metric,
-        threshold=0.2,
+    config = SaleConfig(
+        Mass.fast(threshold=0.2) if metric == "mass" else Relative(threshold=0.2),
         min_length=0,
         local_tokens=16,
         sink_tokens=4,
@@ -174,7 +174,7 @@ def test_the_comparison_with_the_reference_has_something_to_compare():
     # The properties above would hold for a rule that keeps all or nothing; at these options it does neither.
     shape = Shape(700, 700, heads=6, kv_heads=2, head_dim=64)
     inputs = structured_inputs(shape, 0)
-    config = SaleConfig(bits=4, metric="relative", threshold=0.05, min_length=0, local_tokens=32)
+    config = SaleConfig(Relative(0.05, bits=4), min_length=0, local_tokens=32)
     expected = reference.keep_map(inputs.query, inputs.key, config)
     by_rule = expected.hit & ~expected.always
     assert 0.1 < by_rule.sum() / (expected.visible & ~expected.always).sum() < 0.9
@@ -203,7 +203,7 @@ def test_adding_a_constant_vector_to_the_keys_changes_nothing(shape, seed, confi
 @given(
     shapes(max_tokens=400, min_tokens=100, batch=2, dtypes=DTYPES),
     seeds(),
-    configs(metrics=("relative",), max_min_length=0),
+    configs(kinds=(Relative,), max_min_length=0),
     st.data(),
 )
 def test_what_stands_clear_of_the_threshold_is_kept(shape, seed, config, data):
@@ -219,18 +219,18 @@ def test_what_stands_clear_of_the_threshold_is_kept(shape, seed, config, data):
     scale = shape.head_dim**-0.5
     mean = reference.key_mean(inputs.key, bounds, config.smooth_tokens)
     smooth = inputs.key.double() - mean.double()[:, :, None]
-    _, query_scale = reference.quantize_rows(inputs.query, config.bits)
-    _, group_scale = reference.quantize_groups(inputs.key, mean, bounds, config.block_size[1], config.bits)
+    _, query_scale = reference.quantize_rows(inputs.query, config.rule.bits)
+    _, group_scale = reference.quantize_groups(inputs.key, mean, bounds, config.block_size[1], config.rule.bits)
     at = (torch.arange(shape.kv_len) - bounds[:, 1:2]).clamp_min(0).long() // config.block_size[1]
     key_scale = group_scale.gather(2, at[:, None].expand(-1, shape.kv_heads, -1))
     exact = inputs.query.double() @ smooth.repeat_interleave(shape.heads // shape.kv_heads, 1).transpose(-1, -2) * scale
-    slack = estimate_error_bound(inputs.query, query_scale, smooth, key_scale, scale, config.bits)
+    slack = estimate_error_bound(inputs.query, query_scale, smooth, key_scale, scale, config.rule.bits)
     limit = reference.row_limits(
         inputs.query,
         inputs.key,
         mean,
         bounds,
-        config.threshold,
+        config.rule.threshold,
         scale,
         config.sink_tokens,
         config.local_tokens,
@@ -248,9 +248,7 @@ def test_what_stands_clear_of_the_threshold_is_kept(shape, seed, config, data):
 @pytest.mark.parametrize("block_size", [(64, 64), (64, 32), (128, 64), (128, 128)])
 def test_a_needle_is_what_keeps_its_block(bits, block_size):
     shape = Shape(640, 640, heads=4, kv_heads=2, head_dim=64)
-    config = SaleConfig.fast(
-        metric="relative", threshold=0.5, min_length=0, local_tokens=64, bits=bits, block_size=block_size
-    )
+    config = SaleConfig(Relative(threshold=0.5, bits=bits), min_length=0, local_tokens=64, block_size=block_size)
     inputs = random_inputs(shape, 0, amplitude=0.5)
     row, column, head = 600, 300, 3
     at = (0, head, row // block_size[0], column // block_size[1])
@@ -274,13 +272,13 @@ def test_stats_count_the_blocks_of_the_mask(call, seed):
     density = torch.where(stats.visible_blocks > 0, stats.kept_blocks / stats.visible_blocks, 1.0)
     torch.testing.assert_close(stats.density, density, rtol=1e-6, atol=0)
     assert not stats.dropped_blocks.any()
-    assert stats.path.endswith("+ flex")
+    assert stats.path is Path.FLEX
 
 
 @given(
     shapes(max_tokens=1300, min_tokens=900, batch=1, groups=(1, 2), head_dims=(32,), chunked=False),
     seeds(),
-    configs(metrics=("mass",), block_sizes=((64, 64), (64, 32)), max_min_length=0, max_window=12),
+    configs(kinds=(Mass,), block_sizes=((64, 64), (64, 32)), max_min_length=0, max_window=12),
     st.integers(1, 4),
 )
 def test_what_finds_no_room_in_a_list_is_counted(shape, seed, config, room):
@@ -288,16 +286,17 @@ def test_what_finds_no_room_in_a_list_is_counted(shape, seed, config, room):
     everything = chosen(shape, inputs, config).kept
     # With room for all blocks but one, the budget says how many are kept in any case.
     blocks = everything.shape[3]
-    one_less = replace(config, max_blocks=blocks - 1)
-    always = blocks - 1 - list_widths(inputs.query, shape.kv_len, one_less, 0, shape.kv_range is None).budget
-    config = replace(config, max_blocks=min(always + room, blocks))
+    one_less = config.with_options(max_blocks=blocks - 1)
+    grid = Grid(shape.q_len, shape.kv_len, *config.block_size)
+    always = blocks - 1 - plain_room(inputs.query, grid, one_less, 0, shape.kv_range is None).budget
+    config = config.with_options(max_blocks=min(always + room, blocks))
     mask, stats = create_sale_block_mask(inputs.query, inputs.key, config, stats=True, **shape.positions())
     kept = block_map(mask).kept
     assert not (kept & ~everything).any()
     assert torch.equal(stats.dropped_blocks, (everything & ~kept).sum((2, 3)))
-    assert mask.full_kv_indices.shape[3] <= config.max_blocks
-    if config.max_blocks < blocks:
-        assert (kept.sum(-1) <= config.max_blocks).all()
+    assert mask.full_kv_indices.shape[3] <= config.rule.max_blocks
+    if config.rule.max_blocks < blocks:
+        assert (kept.sum(-1) <= config.rule.max_blocks).all()
     event(f"dropped: {bool(stats.dropped_blocks.any())}")
 
 
@@ -320,7 +319,7 @@ def test_an_offset_may_be_an_int_or_a_tensor_or_the_default(call, seed):
 def test_the_default_scale_is_that_of_the_head_dim():
     shape = Shape(512, 512, heads=2, head_dim=64)
     inputs = structured_inputs(shape, 1)
-    config = SaleConfig(bits=4, metric="relative", threshold=0.01, min_length=0, local_tokens=32)
+    config = SaleConfig(Relative(0.01, bits=4), min_length=0, local_tokens=32)
     default, same, other = (chosen(shape, inputs, config, scale=s).kept for s in (None, 0.125, 0.5))
     assert torch.equal(default, same)
     assert not torch.equal(default, other)
@@ -330,5 +329,5 @@ def test_the_default_scale_is_that_of_the_head_dim():
 def test_a_decoding_step_keeps_all_it_sees(shape, seed, config, q_len):
     q_len = min(q_len, config.block_size[0] // 2 - 1)
     shape = replace(shape, q_len=q_len)
-    blocks = chosen(shape, structured_inputs(shape, seed), replace(config, threshold=1e6))
+    blocks = chosen(shape, structured_inputs(shape, seed), config.with_threshold(1e6))
     assert torch.equal(blocks.kept, any_in_block(causal_mask(shape), config.block_size).expand_as(blocks.kept))

@@ -4,14 +4,14 @@
 import json
 import math
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sale_flex import SaleConfig
+from sale_flex import Mass, Relative, SaleConfig
 from sale_flex.stored import (
     above_zero,
     by_name,
@@ -26,6 +26,7 @@ from sale_flex.stored import (
     read_json,
     record,
     sale_config,
+    stored_config,
     text,
 )
 
@@ -49,7 +50,10 @@ RULES = {
 }
 ANYTHING = st.recursive(
     st.sampled_from([value for value in VALUES if type(value) is not object]) | st.text() | st.integers() | st.floats(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "b", "bits"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "b", "rule", "name", "bits"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -83,9 +87,13 @@ def test_a_rule_takes_a_value_or_says_why_not(name, value):
         ("names", {"a": None}, "a must be an integer, 0 or more, got None"),
         ("record", {"c": 1}, "'a', 'b' missing there"),
         ("record", {"a": 1, "b": ["x", 2]}, "b[1] must be a string, got 2"),
-        ("config", {"bits": 5}, "bits must be 4 or 8, got 5"),
-        ("config", {"bits": 4.0}, "bits must be an integer, 0 or more, got 4.0"),
-        ("config", {"bitz": 4}, "SaleConfig has no field 'bitz'; it has metric, threshold"),
+        ("config", {"rule": {"bits": 5}}, "rule.bits must be one of (4, 8), got 5"),
+        ("config", {"rule": {"bits": 4.0}}, "rule.bits must be one of (4, 8), got 4.0"),
+        ("config", {"rule": {"bitz": 4}}, "rule 'mass' has no field 'bitz'; it has threshold, pool"),
+        ("config", {"rule": {"name": "relative", "pool": 4}}, "rule 'relative' has no field 'pool'; it has threshold"),
+        ("config", {"rule": {"name": "mas"}}, "must be one of ('mass', 'relative'), got 'mas'"),
+        ("config", {"local_tokens": 4.0}, "local_tokens must be an integer, 0 or more, got 4.0"),
+        ("config", {"bits": 4}, "SaleConfig has no field 'bits'; it has rule, block_size"),
     ],
 )
 def test_what_is_said(name, value, message):
@@ -99,19 +107,32 @@ def test_infinite_and_undefined_numbers_are_numbers_where_they_can_be_measured()
     assert check(-math.inf, RULES["number"], "", "") == -math.inf
 
 
-@pytest.mark.parametrize("config", [SaleConfig(), SaleConfig(metric="relative", block_size=(128, 64), query_stride=4)])
+@pytest.mark.parametrize("config", [SaleConfig(), SaleConfig(Relative(0.02, bits=8), block_size=(128, 64))])
 def test_a_config_comes_back(config):
-    stored = json.loads(json.dumps(asdict(config)))
+    stored = json.loads(json.dumps(stored_config(config, threshold=True)))
     assert check(stored, sale_config(threshold=True, partial=False), "", "") == config
-    stored.pop("threshold")
-    expected = replace(config, threshold=SaleConfig.threshold)
+    assert stored["rule"].pop("threshold") == config.rule.threshold
+    assert stored == stored_config(config)
+    expected = config.with_threshold(type(config.rule)().threshold)
     assert check(stored, sale_config(threshold=False, partial=False), "", "") == expected
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(SaleConfig)])
 def test_every_field_of_a_config_has_a_rule(name):
-    stored = json.loads(json.dumps(asdict(SaleConfig()))) | {name: {"other": "type"}}
+    stored = stored_config(SaleConfig(), threshold=True) | {name: {"other": "type"}}
     with pytest.raises(ValueError, match=name):
+        check(stored, sale_config(threshold=True, partial=False), "", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind in (Mass, Relative) for name in ("name", *(field.name for field in fields(kind)))],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_every_field_of_a_rule_has_a_rule(kind, name):
+    stored = stored_config(SaleConfig(kind()), threshold=True)
+    stored["rule"][name] = {"other": "type"}
+    with pytest.raises(ValueError, match=rf"rule\.{name} must "):
         check(stored, sale_config(threshold=True, partial=False), "", "")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from sale_flex import SaleConfig, create_sale_block_mask, reference
+from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask, reference
 from sale_flex.testing import (
     Inputs,
     Shape,
@@ -74,13 +74,13 @@ def test_strategies_cover_what_the_package_supports():
 
 @given(thresholds())
 def test_thresholds_are_valid(threshold):
-    assert SaleConfig(threshold=threshold).threshold == threshold
+    assert SaleConfig(Mass(threshold)).rule.threshold == threshold
 
 
 def test_structured_inputs_are_sparse():
     shape = Shape(1024, 1024, heads=4, kv_heads=2)
     query, key, _ = structured_inputs(shape, 0)
-    config = SaleConfig(metric="relative", threshold=0.1, min_length=0, local_tokens=64)
+    config = SaleConfig(Relative(0.1, bits=8), min_length=0, local_tokens=64)
     structured = create_sale_block_mask(query, key, config, stats=True).stats.density
     query, key, _ = random_inputs(shape, 0)
     noise = create_sale_block_mask(query, key, config, stats=True).stats.density
@@ -235,7 +235,7 @@ def test_a_block_in_both_lists_is_refused():
 def test_a_block_that_differs_off_the_threshold_is_refused():
     shape = Shape(512, 512, head_dim=32)
     query, key, _ = structured_inputs(shape, 0)
-    config = SaleConfig(metric="relative", threshold=0.05, min_length=0, local_tokens=32)
+    config = SaleConfig(Relative(0.05, bits=8), min_length=0, local_tokens=32)
     expected = reference.keep_map(query, key, config)
     assert assert_same_blocks(expected.kept, expected) == 0
     at = (expected.hit & ~expected.always).nonzero()[0]

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from sale_flex import SaleConfig, create_sale_block_mask
+from sale_flex import Mass, SaleConfig, create_sale_block_mask
 from sale_flex.bench.generator import generate
 from sale_flex.testing import block_map
 
@@ -31,7 +31,7 @@ def missed(made, config: SaleConfig) -> tuple[float, float]:
 def test_the_default_keeps_what_turning_queries_want_and_moments_do_not(head_dim):
     made = generate(LENGTH, 2, 1, head_dim, turning=6)
     density, miss = missed(made, SaleConfig(min_length=256))
-    fast_density, fast_miss = missed(made, SaleConfig.fast(min_length=256))
+    fast_density, fast_miss = missed(made, SaleConfig(Mass.fast(), min_length=256))
     assert density == pytest.approx(fast_density, rel=0.15)
     assert miss < 0.03
     assert fast_miss > 0.15
@@ -39,7 +39,7 @@ def test_the_default_keeps_what_turning_queries_want_and_moments_do_not(head_dim
 
 def test_neither_misses_what_other_queries_want():
     made = generate(LENGTH, 2, 1, 128)
-    for config in (SaleConfig(min_length=256), SaleConfig.fast(min_length=256)):
+    for config in (SaleConfig(min_length=256), SaleConfig(Mass.fast(), min_length=256)):
         assert missed(made, config)[1] < 0.03
 
 

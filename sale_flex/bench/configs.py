@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The configurations that a benchmark measures: a table of named ones, or a JSON file."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sale_flex.config import SaleConfig
+from sale_flex.rules import Mass, Relative
 from sale_flex.stored import check, read_json, sale_config, shown
 
 MIN_LENGTH = 1024
@@ -11,8 +14,8 @@ MIN_LENGTH = 1024
 
 NAMED: dict[str, SaleConfig] = {
     "default": SaleConfig(min_length=MIN_LENGTH),
-    "fast": SaleConfig.fast(min_length=MIN_LENGTH),
-    "relative": SaleConfig(metric="relative", threshold=0.004, bits=4, min_length=MIN_LENGTH),
+    "fast": SaleConfig(rule=Mass.fast(), min_length=MIN_LENGTH),
+    "relative": SaleConfig(rule=Relative(), min_length=MIN_LENGTH),
 }
 """Name -> what it stands for."""
 
@@ -22,7 +25,7 @@ def parse_configs(argument: str) -> dict[str, SaleConfig]:
 
     Args:
         argument: Comma-separated names of `NAMED`, or the path of a JSON file that maps names of its own to fields of
-            `SaleConfig`, for instance ``{"coarse": {"sub_block": 16, "block_size": [128, 128]}}``.
+            `SaleConfig`, for instance ``{"coarse": {"rule": {"name": "mass", "pool": 8}, "block_size": [128, 128]}}``.
 
     Raises:
         ValueError: A name is unknown, or the file does not hold such a mapping; the message says where and why.
@@ -39,11 +42,30 @@ def parse_configs(argument: str) -> dict[str, SaleConfig]:
     return {name: NAMED[name] for name in names}
 
 
-def _read(path: Path) -> dict[str, SaleConfig]:
+def parse_config(argument: str) -> SaleConfig:
+    """Read ``--config``: a name of `NAMED`, whose `min_length` is then the device's, or a JSON file of one config.
+
+    Raises:
+        ValueError: The name is unknown, or the file does not hold a config; the message says where and why.
+    """
+    if argument in NAMED:
+        return replace(NAMED[argument], min_length=None)
+    path = Path(argument)
+    if path.suffix != ".json" and not path.is_file():
+        raise ValueError(f"--config must be a JSON file or one of {', '.join(NAMED)}, got {argument!r}")
+    rule = sale_config(threshold=True, partial=True)
+    return check(_json("--config", path), rule, f"--config {path}", "mend the file or name a config of the table")
+
+
+def _json(option: str, path: Path) -> Any:
     try:
-        table = read_json(path)
+        return read_json(path)
     except ValueError as error:
-        raise ValueError(f"--configs {path} is not JSON: {error}") from None
+        raise ValueError(f"{option} {path} is not JSON: {error}") from None
+
+
+def _read(path: Path) -> dict[str, SaleConfig]:
+    table = _json("--configs", path)
     if not isinstance(table, dict) or not table or not all(isinstance(entry, dict) for entry in table.values()):
         raise ValueError(f"--configs {path} must map a name to fields of SaleConfig, one object per name")
     rule = sale_config(threshold=True, partial=True)

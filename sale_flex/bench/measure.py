@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sale_flex.attention import AuxRequest
 from sale_flex.bench.baselines import baseline
 from sale_flex.bench.check import Errors, errors, sampled_rows
 from sale_flex.bench.inputs import Inputs
@@ -16,6 +17,7 @@ from sale_flex.bench.stages import ORDER, WHOLE, Stages, whole_call
 from sale_flex.bench.threshold import Kept, count_kept, find_threshold
 from sale_flex.bench.timing import interleave, peak_bytes
 from sale_flex.config import SaleConfig
+from sale_flex.stats import Path
 
 Step = Callable[[str], None]
 """Is told what is about to be done."""
@@ -72,8 +74,8 @@ def measure(
         WrongOutput: An output is wrong; nothing has been timed.
     """
     step("first call")
-    path = whole_call(inputs, config)(stats=True).stats.path
-    sparse = not path.startswith("dense sdpa:")
+    ran = whole_call(inputs, config)(return_aux=AuxRequest(stats=True))[1].stats
+    sparse, path = ran.path is not Path.DENSE_SDPA, ran.describe()
     if sparse and density is not None:
         step("searching the threshold")
         config = find_threshold(inputs, config, density)
@@ -87,7 +89,7 @@ def measure(
     candidates = {**dense, **ours}
     runs = {name: candidate.run for name, candidate in candidates.items() if candidate.run is not None}
     times = interleave(runs, rounds, inputs.query.device, step)
-    common = {"threshold": config.threshold, **kept._asdict(), "path": path}
+    common = {"threshold": config.rule.threshold, **kept._asdict(), "path": path}
     return _rows(candidates, times, common, inputs.query.nbytes)
 
 
@@ -96,7 +98,7 @@ def _checked(inputs: Inputs, config: SaleConfig, sparse: bool, path: str) -> dic
     rows = sampled_rows(inputs.query.shape[2], inputs.query.device)
     output = whole_call(inputs, config)()[:, :, rows]  # sampled before the mask is built: memory
     if not sparse:
-        found = {name: Candidate(not_run=f"the call is {path}") for name in ORDER}
+        found = {name: Candidate(not_run=f"the call ran {path}") for name in ORDER}
         found[WHOLE] = Candidate(whole_call(inputs, config), errors=errors(output, inputs, rows, None).check(WHOLE))
         return found
     stages = Stages(inputs, config)

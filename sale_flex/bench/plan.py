@@ -3,7 +3,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from sale_flex.bench.inputs import FromFile, Synthetic
 from sale_flex.bench.provenance import provenance
 from sale_flex.bench.results import Row
 from sale_flex.config import BLOCK_SIZES, SaleConfig
+from sale_flex.stored import stored_config
 
 T = TypeVar("T")
 
@@ -48,7 +49,10 @@ class Plan:
         origin = provenance(self.device)
         rest = {"baselines": list(self.baselines), "keep_compiled": self.keep_compiled}
         return [
-            asked | {"config": name, "config_fields": asdict(config), "target_density": density} | rest | origin
+            asked
+            | {"config": name, "config_fields": stored_config(config, threshold=True), "target_density": density}
+            | rest
+            | origin
             for name, config in self.configs.items()
             for density in self.densities
         ]
@@ -85,7 +89,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         densities = [*parse_list("--densities", args.densities, float, "shares above 0, up to 1", _is_share)]
     configs = parse_configs(args.configs)
     if args.block_size is not None:
-        size = _block_size(args.block_size)
+        size = parse_block_size(args.block_size)
         configs = {name: replace(config, block_size=size) for name, config in configs.items()}
     if args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, got {args.rounds}")
@@ -93,7 +97,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
     return Plan(lengths, configs, densities, baselines, source, args.rounds, device, args.keep_compiled)
 
 
-def _block_size(text: str) -> tuple[int, int]:
+def parse_block_size(text: str) -> tuple[int, int]:
+    """Read ``--block-size``.
+
+    Raises:
+        ValueError: There are no such blocks.
+    """
     for rows, keys in BLOCK_SIZES:
         if text == f"{rows},{keys}":
             return rows, keys

@@ -5,19 +5,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from sale_flex import ops
 from sale_flex.attention import dense_sdpa, sale_attention
 from sale_flex.bench.inputs import Inputs
-from sale_flex.block_mask import build_block_mask, make_bounds
-from sale_flex.break_even import early_rows, rows_of_early_blocks
+from sale_flex.break_even import rows_of_dense_blocks
+from sale_flex.call import check_arguments, settle
 from sale_flex.config import SaleConfig
 from sale_flex.flex import run_flex
-from sale_flex.index_lists import IndexLists, build_index_lists, list_widths
-from sale_flex.rules import RULES
+from sale_flex.stages import Choice, Listed, build, list_blocks
 from sale_flex.user_mods import UserMods
 
 STAGES = ("codes", "estimate", "compact", "flex", "early rows")
@@ -38,26 +36,22 @@ class Stages:
 
     def __init__(self, inputs: Inputs, config: SaleConfig) -> None:
         self._inputs, self._config = inputs, config
-        query, key = inputs.query, inputs.key
-        self._bounds = make_bounds(query, key, None, None)
-        self._min_length = early_rows(query, config)
-        self._widths = list_widths(query, key.shape[2], config, self._min_length, True)
-        threshold = torch.as_tensor(config.threshold, dtype=torch.float32, device=query.device)
-        threshold = threshold.expand(query.shape[1]).contiguous()
-        rule = RULES[config.metric]
-        self._make_codes = partial(rule.codes, key, self._bounds, config)
-        of_call = (self._bounds, True, threshold, inputs.scale, config, self._widths.budget)
-        self._estimate = partial(rule.estimate, query, key, self._make_codes(), *of_call)
-        self._hits = self._estimate()[0]
-        self.early = rows_of_early_blocks(self._min_length, config.block_size[0], query.shape[2])
+        query, key, value, scale = inputs
+        given = check_arguments(query, key, value, config, UserMods(), None, None, scale, None)
+        self.early = rows_of_dense_blocks(given.dense_prefix, config.block_size[0], query.shape[2])
         """How many first rows `sale_attention` leaves to scaled_dot_product_attention; not in `mask`."""
+        self._settle = partial(settle, given, lookup=False, rows_apart=self.early)
+        self._call = self._settle()
+        self._codes = partial(config.rule.codes, self._call)
+        self._estimate = partial(config.rule.select, self._call, self._codes(), None)
+        self._hits = self._estimate()
         self.mask: BlockMask | None = None
         """What `MASK` has built and ``flex`` takes, once: two masks of a long call need not fit into memory."""
 
     def runs(self) -> dict[str, Callable[[], Any]]:
         """The candidates by name, in `ORDER`."""
         calls: dict[str, Callable[[], Any]] = {
-            "codes": self._make_codes,
+            "codes": self._codes,
             "estimate": self._estimate,
             "compact": self._compact,
             MASK: self.build_mask,
@@ -67,19 +61,15 @@ class Stages:
         }
         return {name: calls[name] for name in ORDER if name != "early rows" or self.early}
 
-    def _compact(self) -> IndexLists:
-        query, key, value, _ = self._inputs
-        nonfinite = ops.nonfinite_blocks(value, self._bounds, self._config.block_size[1])
-        of_call = (self._bounds, query, key, self._config, self._min_length, self._widths)
-        return build_index_lists(self._hits, nonfinite, *of_call, want_kept=False, leave_early=self.early > 0)
+    def _compact(self) -> Listed:
+        call = self._call
+        nonfinite = ops.nonfinite_blocks(self._inputs.value, call.bounds, call.grid.block_k)
+        return list_blocks(call, None, Choice(self._hits, nonfinite, None))
 
     def build_mask(self) -> None:
         """The block mask as `sale_attention` builds it, without a lookup in its mask_mod; into `mask`."""
-        query, key, value, scale = self._inputs
         self.mask = None
-        bounds = make_bounds(query, key, None, None)
-        of_call = (query, key, value, UserMods(), bounds, True, scale, self._config)
-        self.mask = build_block_mask(*of_call, lookup=False, leave_early=self.early > 0).block_mask
+        self.mask = build(self._settle()).block_mask
 
     def attend(self) -> Tensor:
         """Attention on `mask`, which is given up, ``[B, Hq, S, D]``."""

@@ -2,7 +2,6 @@
 """The threshold that gives a density."""
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 from sale_flex.bench.inputs import Inputs
@@ -12,8 +11,6 @@ from sale_flex.config import SaleConfig
 STEPS = 20
 CLOSE = 0.003
 """Largest distance from the density asked for, as a share of it, at which the search stops before `STEPS`."""
-RANGE = {"mass": (1e-8, 1.0), "relative": (1e-8, 1e4)}
-"""`SaleConfig.metric` -> where to search."""
 
 
 class Kept(NamedTuple):
@@ -39,10 +36,10 @@ def find_threshold(inputs: Inputs, config: SaleConfig, density: float) -> SaleCo
     What is always kept may be more than that, and what passes the smallest threshold less: then it is what comes
     closest.
     """
-    low, high = map(math.log, RANGE[config.metric])
+    low, high = map(math.log, config.rule.threshold_range)
     for _ in range(STEPS):
         middle = (low + high) / 2
-        config = replace(config, threshold=math.exp(middle))
+        config = config.with_threshold(math.exp(middle))
         got = count_kept(inputs, config).density
         if abs(got - density) <= CLOSE * density:
             break

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`Calibration`: thresholds of every layer and head, how they came about, and the two files that hold them."""
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from sale_flex.block_mask import EVERY_ROW
 from sale_flex.calibration.evaluation import Evaluation
 from sale_flex.calibration.files import CONFIG, FORMAT, TENSORS, write_json
 from sale_flex.calibration.goal import Goal
 from sale_flex.calibration.reader import read_fields
 from sale_flex.calibration.weights import Weights, differing, fingerprint
+from sale_flex.call import EVERY_ROW
 from sale_flex.config import SaleConfig
+from sale_flex.stored import stored_config
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -152,10 +152,10 @@ class Calibration:
     def __str__(self) -> str:
         rows, heads = self.thresholds.shape
         config, goal = self.config, self.goal
-        rule = f"{config.metric}, {config.estimator}" if config.metric == "mass" else config.metric
+        rule = config.rule.describe()
         blocks = f"{config.block_size[0]}x{config.block_size[1]}"
         lines = [
-            f"Calibration of {self.model}: {rows} layers x {heads} heads, {rule}, {config.bits} bits, {blocks} blocks",
+            f"Calibration of {self.model}: {rows} layers x {heads} heads, {rule}, {blocks} blocks",
             f"{goal.error} error allowed {goal.target:g}; {self.dense_heads} of {rows * heads} heads dense to meet it",
         ]
         found = self.thresholds[self.thresholds > 0]
@@ -184,7 +184,7 @@ class Calibration:
             "weights": None if self.weights is None else {part: dict(each) for part, each in self.weights.items()},
             "layers": list(self.layers),
             "heads": self.thresholds.shape[1],
-            "config": config_dict(self.config),
+            "config": stored_config(self.config),
             **asdict(self.goal),
             "dense_heads": self.dense_heads,
             "unused": list(self.unused),
@@ -282,13 +282,7 @@ class Calibration:
 def with_thresholds(config: SaleConfig, thresholds: Tensor) -> SaleConfig:
     """`config` with thresholds ``[heads]``, and all dense by length if all are 0. `thresholds` are read."""
     dense = not bool(thresholds.any())
-    return replace(config, threshold=thresholds, min_length=EVERY_ROW if dense else config.min_length)
-
-
-def config_dict(config: SaleConfig) -> dict[str, Any]:
-    """What is stored of a config: all but the threshold."""
-    stored = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "threshold"}
-    return json.loads(json.dumps(stored))
+    return replace(config.with_threshold(thresholds), min_length=EVERY_ROW if dense else config.min_length)
 
 
 def _ranges(layers: tuple[int, ...] | list[int]) -> str:

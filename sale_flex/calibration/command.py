@@ -6,14 +6,18 @@ This module holds the command line alone; what needs transformers is imported wh
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sale_flex.bench.plan import DTYPES, find_device, parse_list
+from sale_flex.bench.configs import NAMED, parse_config
+from sale_flex.bench.plan import DTYPES, find_device, parse_block_size, parse_list
 from sale_flex.calibration.goal import ERRORS, SEARCHES, Goal
 from sale_flex.calibration.record import check_free
-from sale_flex.config import BLOCK_SIZES, ESTIMATORS, METRICS, SaleConfig
+from sale_flex.config import BLOCK_SIZES
 from sale_flex.outputs import check_folder
+
+_SIZES = " or ".join(f"{rows},{keys}" for rows, keys in BLOCK_SIZES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,17 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", type=float, default=0.05, help="largest error of a head's output (default %(default)s)")
     add("--error", choices=ERRORS, default="relative", help="to the output's size, or absolute as published")
     add("--search", choices=SEARCHES, default="bisection", help="bisection, or halving from 0.008 as published")
-    add("--metric", choices=METRICS, default=SaleConfig.metric, help="the selection rule (default %(default)s)")
-    add("--estimator", choices=ESTIMATORS, default=SaleConfig.estimator, help="of the mass (default %(default)s)")
-    add("--bits", type=int, choices=(4, 8), help="width of the codes (default: 8 for a scan of the mass, else 4)")
-    sizes = [f"{rows},{keys}" for rows, keys in BLOCK_SIZES]
     add(
-        "--block-size",
-        choices=sizes,
-        default=sizes[0],
-        metavar="ROWS,KEYS",
-        help=f"of a block: {' or '.join(sizes)} (default %(default)s)",
+        "--config",
+        default="default",
+        metavar="NAME|FILE",
+        help=f"{', '.join(NAMED)}, or a JSON file with the fields of one SaleConfig (default: default)",
     )
+    add("--block-size", metavar="ROWS,KEYS", help=f"of a block: {_SIZES} (default: the config's)")
     add("--min-length", type=int, help="tokens up to which a query keeps everything (default: the device's break-even)")
     add("--transfer", type=Path, nargs="+", metavar="PATH", help="texts of another kind to evaluate the result on")
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the result goes")
@@ -77,14 +77,9 @@ def main(args: argparse.Namespace) -> int:
         # What is cheap to look at comes first, the model's weights last.
         lengths = parse_list("--lengths", args.lengths, int, "numbers of tokens, 2 or more", lambda x: x >= 2)
         Goal(args.target, args.error, args.search)
-        rows, keys = map(int, args.block_size.split(","))
-        fast = args.metric == "mass" and args.estimator == "moments"
-        config = (SaleConfig.fast if fast else SaleConfig)(
-            metric=args.metric,
-            bits=args.bits or (8 if args.metric == "mass" and not fast else 4),
-            block_size=(rows, keys),
-            min_length=args.min_length,
-        )
+        config = replace(parse_config(args.config), min_length=args.min_length)
+        if args.block_size is not None:
+            config = replace(config, block_size=parse_block_size(args.block_size))
         check_folder("--out", args.out)
         check_free(args.out, args.resume)
         device = find_device(args.device)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sale_flex.stored import read_json
 
-FORMAT = 1
+FORMAT = 2
 """Version of a calibration's files; readers refuse others."""
 
 CONFIG, TENSORS = "config.json", "thresholds.safetensors"

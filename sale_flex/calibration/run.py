@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sale_flex.calibration.artefact import Calibration, config_dict
+from sale_flex.break_even import break_even_length
+from sale_flex.calibration.artefact import Calibration
 from sale_flex.calibration.evaluation import Evaluation
 from sale_flex.calibration.files import CONFIG
 from sale_flex.calibration.goal import Goal
@@ -18,6 +19,7 @@ from sale_flex.calibration.texts import Tokens, as_texts
 from sale_flex.calibration.weights import fingerprint
 from sale_flex.calibration.work import Work
 from sale_flex.config import SaleConfig
+from sale_flex.stored import stored_config
 
 if TYPE_CHECKING:
     from sale_flex.bench.progress import Lines
@@ -78,6 +80,7 @@ def calibrate(
     texts = as_texts(batches)
     others = None if transfer is None else as_texts(transfer, "transfer")
     folder = None if out is None else Path(out)
+    config = replace(config, min_length=_resolved(config.min_length, model))
     with prepared(model) as layers:
         settings = _settings(model, layers, texts, config, goal)
         found = _finished(folder, settings) if resume and folder is not None else None
@@ -128,6 +131,15 @@ def evaluate(
             return work.evaluate(thresholds, meter)
 
 
+def _resolved(min_length: int | None, model: Any) -> int:
+    """`min_length` as it is on the model's device: what is stored must mean the same on every other."""
+    if min_length is not None:
+        return min_length
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return break_even_length(model.device, head_dim)
+
+
 def _settings(
     model: Any, layers: Mapping[int, int], texts: Sequence[Tokens], config: SaleConfig, goal: Goal
 ) -> dict[str, Any]:
@@ -144,7 +156,7 @@ def _settings(
         "weights": fingerprint(model),
         "layers": list(layers),
         "heads": next(iter(layers.values())),
-        "config": config_dict(config),
+        "config": stored_config(config),
         "target": goal.target,
         "error": goal.error,
         "search": goal.search,

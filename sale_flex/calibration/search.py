@@ -2,23 +2,25 @@
 """The largest threshold of every head whose output stays near dense attention's, for one attention call."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sale_flex import ops
-from sale_flex.attention import sale_attention
+from sale_flex.attention import AuxRequest, sale_attention
 from sale_flex.bits import pack_bits
-from sale_flex.block_mask import EVERY_ROW, from_lists, make_bounds
-from sale_flex.break_even import early_rows
 from sale_flex.calibration.goal import Goal
-from sale_flex.calibration.scores import block_scores
+from sale_flex.call import EVERY_ROW, check_arguments, make_bounds, settle
+from sale_flex.call import Call as SettledCall
 from sale_flex.config import SaleConfig
 from sale_flex.flex import run_flex
-from sale_flex.index_lists import build_index_lists, list_widths
-from sale_flex.mask_mods import visible
+from sale_flex.mask_spec import Structure
+from sale_flex.rules import Rule, Selection
+from sale_flex.stages import Choice, block_mask, list_blocks
+from sale_flex.stats import SaleStats
+from sale_flex.user_mods import UserMods
 
 Attend = Callable[[Tensor], Tensor]
 """From thresholds float32 ``[Hq]`` to the output ``[B, Hq, Sq, D]``."""
@@ -33,6 +35,17 @@ class Measured(NamedTuple):
     """int64 ``[Hq]``: blocks kept, of all batch rows."""
     visible: Tensor
     """int64 ``[Hq]``: blocks in which some query sees some key."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Nothing(Rule):
+    """Hits no block: what is left is what every rule keeps."""
+
+    name: ClassVar[str] = "nothing"
+
+    def select(self, call: SettledCall, codes: tuple[Tensor, ...], structure: Structure | None) -> Selection:
+        grid = call.grid
+        return Selection(call.bounds.new_zeros(*call.query.shape[:2], grid.query_blocks, grid.words))
 
 
 class Call:
@@ -54,7 +67,7 @@ class Call:
     ) -> None:
         self._tensors, self._config, self._options = (query, key, value), config, dict(options or {})
         self.heads, self.device = query.shape[1], query.device
-        self.dense = self._attend(replace(config, threshold=0.0, min_length=EVERY_ROW))
+        self.dense = self._attend(replace(config.with_threshold(0.0), min_length=EVERY_ROW))
         if not bool(self.dense.isfinite().all()):
             raise ValueError(
                 "the dense output must be finite to be calibrated against, got infinities or NaN; take another dtype, "
@@ -66,9 +79,13 @@ class Call:
 
     def has_choice(self) -> bool:
         """Whether there is a block that is not kept in any case; not so where ``min_length`` makes all rows dense."""
-        least = replace(self._config, metric="mass", threshold=1.0, max_blocks=None)
-        stats = sale_attention(*self._tensors, least, stats=True, **self._options).stats
+        stats = self._stats(replace(self._config, rule=_Nothing(0.0), on_miss="ignore"))[1]
         return bool((stats.kept_blocks < stats.visible_blocks).any())
+
+    def _stats(self, config: SaleConfig) -> tuple[Tensor, SaleStats]:
+        output, aux = sale_attention(*self._tensors, config, return_aux=AuxRequest(stats=True), **self._options)
+        assert aux.stats is not None
+        return output, aux.stats
 
     def errors(self, output: Tensor, error: str) -> Tensor:
         """Error of every head beside dense attention, float64 ``[Hq]``, the largest of the batch rows.
@@ -98,39 +115,38 @@ class Call:
 
         Args:
             by_scores: Whether to choose blocks by one pass's scores, where that can be, instead of a scan every time:
-                for thresholds of `sale_flex.calibration.scores.LADDER`.
+                for thresholds of `sale_flex.rules.ladder.LADDER`.
         """
         mods = ("score_mod", "mask_mod", "block_mask", "sink_logits")
-        plain = all(self._options.get(name) is None for name in mods) and self._options.get("causal", True)
-        if by_scores and plain and self._config.max_blocks is None:
+        plain = all(self._options.get(name) is None for name in mods) and self._options.get("is_causal", True)
+        if by_scores and plain and self._config.rule.max_blocks is None:
             return self._attend_by_scores()
-        return lambda thresholds: self._attend(replace(self._config, threshold=thresholds))
+        return lambda thresholds: self._attend(self._config.with_threshold(thresholds))
 
     def _attend_by_scores(self) -> Attend:
         query, key, value = self._tensors
-        bounds, scale = self._bounds(), self._options.get("scale")
-        scale = query.shape[3] ** -0.5 if scale is None else scale
-        scores = block_scores(query, key, self._config, bounds, scale)
-        nonfinite = ops.nonfinite_blocks(value, bounds, self._config.block_size[1])
-        min_length = early_rows(query, self._config)
-        from_zero = self._options.get("kv_range") is None
-        mask_mod = visible(bounds)
+        options = {name: self._options.get(name) for name in ("q_offset", "kv_range", "scale")}
+
+        def settled(config: SaleConfig) -> SettledCall:
+            given = check_arguments(query, key, value, config, UserMods(), **options, key_codes=None)
+            return settle(given, lookup=False)
+
+        call = settled(self._config)
+        scores = call.rule.scores(call)
+        nonfinite = ops.nonfinite_blocks(value, call.bounds, call.grid.block_k)
 
         def attend(thresholds: Tensor) -> Tensor:
-            config = replace(self._config, threshold=thresholds)
-            widths = list_widths(query, key.shape[2], config, min_length, from_zero)
+            call = settled(self._config.with_threshold(thresholds))
             hits = pack_bits(scores >= thresholds[:, None, None])
-            lists = build_index_lists(
-                hits, nonfinite, bounds, query, key, config, min_length, widths, want_kept=False, leave_early=False
-            )
-            mask = from_lists(lists, config.block_size, mask_mod, (query.shape[2], key.shape[2]))
-            return run_flex(query, key, value, mask, scale, self._options.get("kernel_options"))[0]
+            listed = list_blocks(call, None, Choice(Selection(hits), nonfinite, None))
+            mask = block_mask(call, listed.lists)
+            return run_flex(query, key, value, mask, call.scale, self._options.get("kernel_options"))[0]
 
         return attend
 
     def measure(self, config: SaleConfig, error: str) -> Measured:
         """What `sale_attention` comes to with `config`, threshold included."""
-        output, stats = sale_attention(*self._tensors, config, stats=True, **self._options)
+        output, stats = self._stats(config)
         return Measured(self.errors(output, error), stats.kept_blocks.sum(0), stats.visible_blocks.sum(0))
 
 

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
-from sale_flex import SaleConfig, SaleStats, create_sale_block_mask, sale_attention
+from sale_flex import AuxRequest, SaleConfig, SaleStats, create_sale_block_mask, sale_attention
 from sale_flex.testing import block_map
 
 PACKAGED = Path(__file__).parent / "model"
@@ -46,8 +46,10 @@ class SwitchedAttention:
         if self.config is None:
             output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         else:
-            output, stats = sale_attention(query, key, value, self.config, scale=scaling, stats=True)
-            self.stats.append(stats)
+            wanted = AuxRequest(stats=True)
+            output, aux = sale_attention(query, key, value, self.config, scale=scaling, return_aux=wanted)
+            assert aux.stats is not None
+            self.stats.append(aux.stats)
             if self.maps is not None:
                 mask = create_sale_block_mask(query, key, self.config, value=value, scale=scaling)
                 self.maps.append(block_map(mask).kept[0].cpu())

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sale_flex
-from sale_flex import SaleConfig
+from sale_flex import Mass, SaleConfig
 from sale_flex.demo.model import SwitchedAttention, load
 from sale_flex.demo.prompt import Prompt, Score, build_prompt, held_out_texts, score
+from sale_flex.stored import stored_config
 
 NOTES = 40
 MIN_LENGTH = 1024
@@ -114,7 +115,7 @@ def run(
     if not 2 <= tokens <= longest:
         raise ValueError(f"tokens must be in [2, {longest}], what the model can read, got {tokens}; lower it")
     prompt = build_prompt(tokenizer, held_out_texts(), tokens=tokens, notes=NOTES, seed=seed)
-    config = SaleConfig(metric="mass", threshold=threshold, min_length=MIN_LENGTH)
+    config = SaleConfig(rule=Mass(threshold), min_length=MIN_LENGTH)
 
     dense, dense_seconds = _prefill(model, attention, prompt, None)
     attention.maps = [] if want_maps else None
@@ -134,8 +135,8 @@ def run(
         device=str(where),
         device_name=_device_name(where),
         dtype=dtype,
-        config=asdict(config),
-        path=", ".join(sorted({stats.path for stats in attention.stats})),
+        config=stored_config(config, threshold=True),
+        path=", ".join(sorted({stats.describe() for stats in attention.stats})),
         head_density=(kept / visible).tolist(),
         versions={
             "python": platform.python_version(),

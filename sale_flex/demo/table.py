@@ -24,7 +24,7 @@ def rows(report: Report) -> list[tuple[str, str, str]]:
 def render(report: Report) -> str:
     """The figures and how they came about, as text."""
     title = f"{report.tokens:,} tokens, {report.device_name}, {report.dtype}"
-    header = ("", "dense", f"SALE, threshold {report.config['threshold']:g}")
+    header = ("", "dense", f"SALE, threshold {report.config['rule']['threshold']:g}")
     try:
         from rich.console import Console
         from rich.table import Table

@@ -19,8 +19,11 @@ A factory returns a plain function that torch's flex_attention, create_block_mas
 
 **Positions.** Mods are given the row `q_idx` of the query tensor. Its position is ``p = q_offset + q_idx``: `q_offset`,
 the key position of row 0, is 0 where queries and keys are the same tokens, and the number of cached keys in chunked
-prefill. An int becomes part of the compiled program; an offset that varies from call to call is better a 0-d int32
-tensor on the query's device, which compiles once and may be changed in place.
+prefill. Left out, a mod follows the call: sale_attention and create_sale_block_mask place it with their own `q_offset`.
+flex_attention does not know that; where a mod goes to it by itself, in chunks, its offset has to be given: an int,
+which becomes part of the compiled program, or an int32 tensor ``[]`` or ``[B]`` on the query's device, which compiles
+once and may be changed in place. ``mod.at(q_offset)`` makes such a one of one that follows the call. Torch's own
+and_masks and or_masks hide from the call what they are made of: take those of this module.
 
 **Key ranges.** Every mask mod made here has an attribute `key_range`, a function of `b`, `h` and two rows:
 ``first_kv, last_kv = mask_mod.key_range(b, h, first_q, last_q)``. It promises that rows `first_q` to `last_q` see no

@@ -17,18 +17,16 @@ def checked_count(name: str, value: object) -> int:
 
 
 def checked_offset(q_offset: object) -> int | Tensor:
-    """`q_offset` as an int or a 0-d int32 tensor."""
+    """`q_offset` as an int, or an int32 tensor ``[]`` or ``[B]``."""
     if isinstance(q_offset, Tensor):
-        if q_offset.dim() != 0:
+        if q_offset.dim() > 1:
             raise ValueError(
-                f"q_offset must be an int or an integer tensor without dimensions, got shape {list(q_offset.shape)}; "
-                "all batch rows share one offset: pass q_offset[0]."
+                "q_offset must be an int, or an integer tensor [] or [batch], got shape "
+                f"{list(q_offset.shape)}; drop dimensions with squeeze()."
             )
         return checked_indices("q_offset", q_offset)
     if isinstance(q_offset, bool) or not isinstance(q_offset, int):
-        raise TypeError(
-            f"q_offset must be an int or an integer tensor without dimensions, got {type(q_offset).__name__}."
-        )
+        raise TypeError(f"q_offset must be an int, or an integer tensor [] or [batch], got {type(q_offset).__name__}.")
     return q_offset
 
 

@@ -6,19 +6,22 @@ import math
 import torch
 from torch import Tensor
 
-from sale_flex.mods.arguments import checked_count, checked_offset, checked_table
+from sale_flex.mods.arguments import checked_count, checked_table
 from sale_flex.mods.held import held
+from sale_flex.mods.placed import placed_score
 from sale_flex.mods.ready import ScoreMod, ready
 
 
-def alibi(slopes: int | Tensor, q_offset: int | Tensor = 0, *, device: torch.device | str | None = None) -> ScoreMod:
+def alibi(
+    slopes: int | Tensor, q_offset: int | Tensor | None = None, *, device: torch.device | str | None = None
+) -> ScoreMod:
     """Linear biases, ``score + slopes[h] * (kv - p)``: the farther back a key, the lower (ALiBi, Press et al. 2022, 3).
 
     Args:
         slopes: One per query head: a floating-point tensor ``[H]``, positive. Or the number of heads, which gives the
             paper's: ``2 ** (-8 * (h + 1) / H)``; for an `H` between two powers of two those of the lower power, then
             every other one of the higher power.
-        q_offset: Key position of query row 0, an int or a 0-d integer tensor.
+        q_offset: Key position of query row 0; None: that of the call (`sale_flex.mods`, "Positions").
         device: Where to put slopes made from a number of heads (None: torch's default device).
 
     Example:
@@ -30,12 +33,11 @@ def alibi(slopes: int | Tensor, q_offset: int | Tensor = 0, *, device: torch.dev
         slopes = checked_table("slopes", slopes, "heads")
     else:
         slopes = _standard_slopes(checked_count("slopes (a number of heads, or a tensor)", slopes), device)
-    q_offset = checked_offset(q_offset)
 
     def alibi_score(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score + slopes[h] * (kv_idx - (q_idx + q_offset))
+        return score + slopes[h] * (kv_idx - q_idx)
 
-    return ready(alibi_score)
+    return placed_score(ready(alibi_score), q_offset)
 
 
 def _standard_slopes(heads: int, device: torch.device | str | None) -> Tensor:
@@ -70,7 +72,9 @@ def softcap(cap: float) -> ScoreMod:
     return ready(capped_score)
 
 
-def relative_bias(table: Tensor, q_offset: int | Tensor = 0, *, center: int = 0, rough: bool = False) -> ScoreMod:
+def relative_bias(
+    table: Tensor, q_offset: int | Tensor | None = None, *, center: int = 0, rough: bool = False
+) -> ScoreMod:
     """A learned bias per head and distance, ``score + table[h, clamp(p - kv + center, 0, n - 1)]``.
 
     With `center` 0 entry `i` is the bias of the key `i` positions back, and keys that lie after the row share entry 0.
@@ -78,7 +82,7 @@ def relative_bias(table: Tensor, q_offset: int | Tensor = 0, *, center: int = 0,
 
     Args:
         table: Floating-point ``[H, n]``, used in float32.
-        q_offset: Key position of query row 0, an int or a 0-d integer tensor.
+        q_offset: Key position of query row 0; None: that of the call (`sale_flex.mods`, "Positions").
         center: Column of distance 0, from 0 to ``n - 1``.
         rough: Whether neighbouring entries differ by several nats, so that one cannot stand for the next. False lets
             sale_attention estimate a few keys at a time by the middle one's bias, which loses nothing for entries that
@@ -87,7 +91,7 @@ def relative_bias(table: Tensor, q_offset: int | Tensor = 0, *, center: int = 0,
     Example:
         ``score_mod=relative_bias(self.bias, center=self.bias.shape[1] // 2)``
     """
-    table, q_offset = checked_table("table", table, "heads, distances"), checked_offset(q_offset)
+    table = checked_table("table", table, "heads, distances")
     last = table.shape[1] - 1
     if isinstance(center, bool) or not isinstance(center, int):
         raise TypeError(f"center must be an int, got {type(center).__name__}.")
@@ -95,15 +99,15 @@ def relative_bias(table: Tensor, q_offset: int | Tensor = 0, *, center: int = 0,
         raise ValueError(f"center must be a column of the table, from 0 to {last}, got {center}.")
 
     def biased_score(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        column = (q_idx + q_offset - kv_idx + center).clamp(0, last)
+        column = (q_idx - kv_idx + center).clamp(0, last)
         return score + table[h, column]
 
-    return ready(biased_score, rough=rough)
+    return placed_score(ready(biased_score, rough=rough), q_offset)
 
 
 def bucketed_bias(
     table: Tensor,
-    q_offset: int | Tensor = 0,
+    q_offset: int | Tensor | None = None,
     *,
     max_distance: int = 128,
     bidirectional: bool = False,
@@ -116,7 +120,7 @@ def bucketed_bias(
     Args:
         table: Floating-point ``[H, buckets]``: the transposed weight of T5's embedding, ``weight.T``. At least 2
             buckets; if `bidirectional`, at least 4 and an even number.
-        q_offset: Key position of query row 0, an int or a 0-d integer tensor.
+        q_offset: Key position of query row 0; None: that of the call (`sale_flex.mods`, "Positions").
         max_distance: Distance from which on keys share a bucket, above the number of buckets of one distance each.
         bidirectional: True as in T5's encoder, False as in its decoder, where keys after the row share bucket 0.
 

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Masks of masks, which keep what is known of where their keys lie."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
+from sale_flex.mods.placed import following, follows_call, placed_in_call, placed_mask
 from sale_flex.mods.ready import KeyRange, MaskMod, ready
 
 
@@ -14,10 +17,7 @@ def and_masks(*mask_mods: MaskMod) -> MaskMod:
     Example:
         ``mask_mod=and_masks(causal(), document(ids))``
     """
-    combined, *others = _checked("and_masks", mask_mods)
-    for other in others:
-        combined = _both(combined, other)
-    return combined
+    return _combined(_both, _checked("and_masks", mask_mods))
 
 
 def or_masks(*mask_mods: MaskMod) -> MaskMod:
@@ -28,10 +28,7 @@ def or_masks(*mask_mods: MaskMod) -> MaskMod:
     Example:
         ``mask_mod=or_masks(sliding_window(1024), prefix_lm(16))``
     """
-    combined, *others = _checked("or_masks", mask_mods)
-    for other in others:
-        combined = _either(combined, other)
-    return combined
+    return _combined(_either, _checked("or_masks", mask_mods))
 
 
 def with_key_range(mask_mod: MaskMod, key_range: KeyRange) -> MaskMod:
@@ -56,7 +53,20 @@ def with_key_range(mask_mod: MaskMod, key_range: KeyRange) -> MaskMod:
     def ranged_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return mask_mod(b, h, q_idx, kv_idx)
 
-    return ready(ranged_mask, key_range=key_range)
+    ranged = ready(ranged_mask, key_range=key_range)
+    return placed_mask(ranged, None) if follows_call(mask_mod) else ranged
+
+
+def _combined(combine: Callable[[MaskMod, MaskMod], MaskMod], mask_mods: tuple[MaskMod, ...]) -> MaskMod:
+    combined, *others = mask_mods
+    if not others:
+        return combined
+    for other in others:
+        combined = combine(combined, other)
+    if not any(follows_call(mask_mod) for mask_mod in mask_mods):
+        return combined
+    # Those with an offset of their own keep it.
+    return following(combined, lambda at: _combined(combine, tuple(placed_in_call(each, at) for each in mask_mods)))
 
 
 def _checked(name: str, mask_mods: tuple[MaskMod, ...]) -> tuple[MaskMod, ...]:

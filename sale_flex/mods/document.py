@@ -4,12 +4,13 @@
 import torch
 from torch import Tensor
 
-from sale_flex.mods.arguments import check_integer, checked_offset
+from sale_flex.mods.arguments import check_integer
 from sale_flex.mods.held import held, held_table
+from sale_flex.mods.placed import placed_mask
 from sale_flex.mods.ready import MaskMod, ready
 
 
-def document(ids: Tensor, q_offset: int | Tensor = 0) -> MaskMod:
+def document(ids: Tensor, q_offset: int | Tensor | None = None) -> MaskMod:
     """Rows see the keys of their own document, of several in one sequence (Krell et al. 2021, arXiv 2107.02027).
 
     A document is a run of neighbouring tokens with equal ids, whatever the numbers; an id that comes again after
@@ -19,7 +20,7 @@ def document(ids: Tensor, q_offset: int | Tensor = 0) -> MaskMod:
     Args:
         ids: The document each key belongs to: an integer tensor ``[Skv]``, or ``[B, Skv]`` for batch rows packed each
             in its own way, as long as key and value. Copied: later changes in place are not seen.
-        q_offset: Key position of query row 0, an int or a 0-d integer tensor.
+        q_offset: Key position of query row 0; None: that of the call (`sale_flex.mods`, "Positions").
 
     Example:
         ``mask_mod=and_masks(causal(), document(torch.arange(len(lengths)).repeat_interleave(lengths)))``
@@ -30,7 +31,6 @@ def document(ids: Tensor, q_offset: int | Tensor = 0) -> MaskMod:
             f"ids must have the shape [keys] or [batch, keys] and not be empty, got {list(ids.shape)}; "
             "there is no dimension of heads."
         )
-    q_offset = checked_offset(q_offset)
     if ids.dim() == 2 and ids.shape[0] == 1:
         ids = ids[0]
     # The length as a tensor: as a number it would be part of the program, which then compiled for every length.
@@ -41,24 +41,23 @@ def document(ids: Tensor, q_offset: int | Tensor = 0) -> MaskMod:
     if ids.dim() == 1:
 
         def document_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            position = q_idx + q_offset
-            return (first[kv_idx] <= position) & (position <= last[kv_idx])
+            return (first[kv_idx] <= q_idx) & (q_idx <= last[kv_idx])
 
         def key_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor, Tensor]:
-            low, high = (first_q + q_offset).clamp(min=0), (last_q + q_offset).clamp(min=0)
+            low, high = first_q.clamp(min=0), last_q.clamp(min=0)
             return first[low.minimum(length - 1)], last[high.minimum(length - 1)]
 
-        return ready(document_mask, key_range=key_range)
+        return placed_mask(ready(document_mask, key_range=key_range), q_offset)
 
     def batch_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        position, place = q_idx + q_offset, b * length + kv_idx
-        return (first[place] <= position) & (position <= last[place])
+        place = b * length + kv_idx
+        return (first[place] <= q_idx) & (q_idx <= last[place])
 
     def batch_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = (first_q + q_offset).clamp(min=0), (last_q + q_offset).clamp(min=0)
+        low, high = first_q.clamp(min=0), last_q.clamp(min=0)
         return first[b * length + low.minimum(length - 1)], last[b * length + high.minimum(length - 1)]
 
-    return ready(batch_mask, key_range=batch_range)
+    return placed_mask(ready(batch_mask, key_range=batch_range), q_offset)
 
 
 def _spans(ids: Tensor) -> tuple[Tensor, Tensor]:

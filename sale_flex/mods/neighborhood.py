@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from sale_flex.mods.arguments import checked_count, checked_offset
+from sale_flex.mods.arguments import checked_count
 from sale_flex.mods.combine import and_masks
+from sale_flex.mods.placed import placed_mask
 from sale_flex.mods.ready import MaskMod, ready
 
 Number = TypeVar("Number", int, bool)
@@ -26,7 +27,7 @@ def neighborhood(
     dilation: int | Sequence[int] = 1,
     causal: bool | Sequence[bool] = False,
     *,
-    q_offset: int | Tensor = 0,
+    q_offset: int | Tensor | None = None,
 ) -> MaskMod:
     """Tokens on a grid see the `window` nearest tokens along each axis (Hassani et al. 2024, arXiv 2403.04690).
 
@@ -44,7 +45,7 @@ def neighborhood(
         window: Neighbours along each axis, the token itself among them; an int for the same along all.
         dilation: Distance of neighbours, in tokens of the axis; an int for the same along all.
         causal: Whether the axis is causal; a bool for all.
-        q_offset: Place of query row 0 in the row-major order, an int or a 0-d integer tensor.
+        q_offset: Place of query row 0 in the row-major order; None: that of the call (`sale_flex.mods`, "Positions").
 
     Raises:
         ValueError: If ``window * dilation`` is above the length of an axis, among others.
@@ -68,15 +69,13 @@ def neighborhood(
                 f"window * dilation must be at most the length of the axis, got {width} * {step} for axis {axis} "
                 f"of length {length}; make the window at most {length // step}, or the dilation smaller."
             )
-    q_offset = checked_offset(q_offset)
-
     masks = []
     stride = 1
     for axis in reversed(range(len(lengths))):
         outer = axis == 0
-        masks.append(_axis(lengths[axis], stride, windows[axis], dilations[axis], causals[axis], outer, q_offset))
+        masks.append(_axis(lengths[axis], stride, windows[axis], dilations[axis], causals[axis], outer))
         stride *= lengths[axis]
-    return and_masks(*reversed(masks))
+    return placed_mask(and_masks(*reversed(masks)), q_offset)
 
 
 def _per_axis(name: str, value: Number | Sequence[Number], axes: int, kind: type[Number]) -> tuple[Number, ...]:
@@ -92,9 +91,7 @@ def _per_axis(name: str, value: Number | Sequence[Number], axes: int, kind: type
     return values
 
 
-def _axis(
-    length: int, stride: int, window: int, dilation: int, causal: bool, outer: bool, q_offset: int | Tensor
-) -> MaskMod:
+def _axis(length: int, stride: int, window: int, dilation: int, causal: bool, outer: bool) -> MaskMod:
     """The mask along one axis, on which neighbours are `stride` tokens apart.
 
     The outer axis has none above it: coordinates behind its end are seen as what they are. It has the key range.
@@ -103,7 +100,7 @@ def _axis(
     before = reach - dilation if causal else window // 2 * dilation
 
     def axis_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        query, key = (q_idx + q_offset) // stride, kv_idx // stride
+        query, key = q_idx // stride, kv_idx // stride
         if not outer:
             query, key = query % length, key % length
         if causal:
@@ -118,8 +115,8 @@ def _axis(
         return seen
 
     def key_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor, Tensor]:
-        low = ((first_q + q_offset) // stride).clamp(0, length - 1)
-        high = ((last_q + q_offset) // stride).clamp(0, length - 1)
+        low = (first_q // stride).clamp(0, length - 1)
+        high = (last_q // stride).clamp(0, length - 1)
         # From one coordinate to the next a window moves on by one, except that it may jump back where a new round of
         # groups begins, counted from either end of the axis. So the lowest window is that of the first coordinate or of
         # the first after such a place, and the highest that of the last coordinate or of the last before such a place.

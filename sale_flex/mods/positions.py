@@ -3,78 +3,75 @@
 
 from torch import Tensor
 
-from sale_flex.mods.arguments import checked_count, checked_indices, checked_offset
+from sale_flex.mods.arguments import checked_count, checked_indices
+from sale_flex.mods.placed import placed_mask
 from sale_flex.mods.ready import MaskMod, ready
 
 
-def causal(q_offset: int | Tensor = 0) -> MaskMod:
+def causal(q_offset: int | Tensor | None = None) -> MaskMod:
     """A row sees the keys up to its own position: ``kv <= p``.
 
     Args:
-        q_offset: Key position of query row 0, an int or a 0-d integer tensor.
+        q_offset: Key position of query row 0; None: that of the call (`sale_flex.mods`, "Positions").
 
     Example:
         ``mask_mod=causal(q_offset=key.shape[2] - query.shape[2])``
     """
-    q_offset = checked_offset(q_offset)
 
     def causal_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return kv_idx <= q_idx + q_offset
+        return kv_idx <= q_idx
 
     def key_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor, Tensor]:
-        return first_q * 0, last_q + q_offset
+        return first_q * 0, last_q
 
-    return ready(causal_mask, key_range=key_range)
+    return placed_mask(ready(causal_mask, key_range=key_range), q_offset)
 
 
-def sliding_window(window: int, q_offset: int | Tensor = 0, *, causal: bool = True) -> MaskMod:
+def sliding_window(window: int, q_offset: int | Tensor | None = None, *, causal: bool = True) -> MaskMod:
     """A row sees the keys near its position: the last `window` ones, its own among them (Beltagy et al. 2020, 3.1).
 
     Args:
         window: Keys a row sees where there are as many, at least 1: ``p - window + 1 <= kv <= p``. Without `causal` it
             is that many on both sides, ``abs(kv - p) < window``, which makes ``2 * window - 1``.
-        q_offset: Key position of query row 0, an int or a 0-d integer tensor.
+        q_offset: Key position of query row 0; None: that of the call (`sale_flex.mods`, "Positions").
         causal: Whether keys after the row's position are hidden.
 
     Example:
         ``mask_mod=sliding_window(4096)``
     """
-    window, q_offset = checked_count("window", window), checked_offset(q_offset)
+    window = checked_count("window", window)
 
     if causal:
 
         def window_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            position = q_idx + q_offset
-            return (kv_idx <= position) & (kv_idx > position - window)
+            return (kv_idx <= q_idx) & (kv_idx > q_idx - window)
 
         def key_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor, Tensor]:
-            return first_q + q_offset - window + 1, last_q + q_offset
+            return first_q - window + 1, last_q
 
-        return ready(window_mask, key_range=key_range)
+        return placed_mask(ready(window_mask, key_range=key_range), q_offset)
 
     def two_sided_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        position = q_idx + q_offset
-        return (kv_idx < position + window) & (kv_idx > position - window)
+        return (kv_idx < q_idx + window) & (kv_idx > q_idx - window)
 
     def two_sided_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor, Tensor]:
-        return first_q + q_offset - window + 1, last_q + q_offset + window - 1
+        return first_q - window + 1, last_q + window - 1
 
-    return ready(two_sided_mask, key_range=two_sided_range)
+    return placed_mask(ready(two_sided_mask, key_range=two_sided_range), q_offset)
 
 
-def prefix_lm(prefix_length: int | Tensor, q_offset: int | Tensor = 0) -> MaskMod:
+def prefix_lm(prefix_length: int | Tensor, q_offset: int | Tensor | None = None) -> MaskMod:
     """Rows see the whole prefix and, after it, the keys up to their position (Raffel et al. 2020, 3.2.1).
 
     ``kv <= p or kv < prefix_length[b]``
 
     Args:
         prefix_length: Keys in the prefix: an int, or an integer tensor ``[]`` or ``[B]``.
-        q_offset: Key position of query row 0, an int or a 0-d integer tensor.
+        q_offset: Key position of query row 0; None: that of the call (`sale_flex.mods`, "Positions").
 
     Example:
         ``mask_mod=prefix_lm(torch.tensor([812, 40], device="cuda"))``
     """
-    q_offset = checked_offset(q_offset)
     if isinstance(prefix_length, Tensor):
         if prefix_length.dim() > 1:
             raise ValueError(
@@ -83,29 +80,29 @@ def prefix_lm(prefix_length: int | Tensor, q_offset: int | Tensor = 0) -> MaskMo
             )
         prefix_length = checked_indices("prefix_length", prefix_length)
         if prefix_length.dim() == 1:
-            return _prefix_per_row(prefix_length, q_offset)
+            return placed_mask(_prefix_per_row(prefix_length), q_offset)
     elif isinstance(prefix_length, bool) or not isinstance(prefix_length, int):
         raise TypeError(f"prefix_length must be an int or an integer tensor, got {type(prefix_length).__name__}.")
     elif prefix_length < 0:
         raise ValueError(f"prefix_length must be at least 0, got {prefix_length}; 0 is a causal mask.")
 
     def prefix_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (kv_idx <= q_idx + q_offset) | (kv_idx < prefix_length)
+        return (kv_idx <= q_idx) | (kv_idx < prefix_length)
 
     def key_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor, Tensor]:
         # The sum makes a tensor of an int prefix: torch.maximum takes no ints.
-        return first_q * 0, (last_q + q_offset).maximum(first_q * 0 + prefix_length - 1)
+        return first_q * 0, last_q.maximum(first_q * 0 + prefix_length - 1)
 
-    return ready(prefix_mask, key_range=key_range)
+    return placed_mask(ready(prefix_mask, key_range=key_range), q_offset)
 
 
-def _prefix_per_row(prefix_length: Tensor, q_offset: int | Tensor) -> MaskMod:
+def _prefix_per_row(prefix_length: Tensor) -> MaskMod:
     """`prefix_lm` for int32 ``[B]``."""
 
     def prefix_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (kv_idx <= q_idx + q_offset) | (kv_idx < prefix_length[b])
+        return (kv_idx <= q_idx) | (kv_idx < prefix_length[b])
 
     def key_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor, Tensor]:
-        return first_q * 0, (last_q + q_offset).maximum(prefix_length[b] - 1)
+        return first_q * 0, last_q.maximum(prefix_length[b] - 1)
 
     return ready(prefix_mask, key_range=key_range)

@@ -7,6 +7,7 @@ and no thought for speed. It imports torch alone, so that nothing it is compared
 Shapes: query ``[B, Hq, Sq, D]``, key and value ``[B, Hkv, Skv, D]``, bounds int32 ``[B, 3]`` = (q_offset, start, end).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sale_flex.reference.common import (
     key_mean,
     make_bounds,
     masked_attention,
+    of_rule,
     quantize_rows,
     repeat_heads,
     rotate,
@@ -111,7 +113,7 @@ def keep_map(
         moments: Mass rule: codes of the keys to use instead of the reference's own.
 
     Raises:
-        ValueError: `min_length` is None.
+        ValueError: `min_length` is None, or the rule is not one of these two.
     """
     if config.min_length is None:
         raise ValueError(
@@ -123,12 +125,8 @@ def keep_map(
     block_q, block_k = config.block_size
     scale = dim**-0.5 if scale is None else scale
     bounds = make_bounds(batch, q_len, kv_len, q_offset, kv_range, query.device)
-    if config.metric == "relative":
-        choice = relative_choice(query, key, bounds, config, scale, dtype)
-    elif config.metric == "mass":
-        choice = mass_choice(query, key, bounds, config, scale, dtype, budget, moments)
-    else:
-        raise ValueError(f"config.metric must be 'mass' or 'relative', got {config.metric!r}.")
+    choose = {"mass": partial(mass_choice, budget=budget, moments=moments), "relative": relative_choice}
+    choice = of_rule(choose, config)(query, key, bounds, config, scale, dtype)
 
     seen = visible(bounds, q_len, kv_len)
     always = block_any(always_kept(seen, bounds, config, q_len)[:, None], block_q, block_k)

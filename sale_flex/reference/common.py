@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What every rule is made of: who sees whom, the smoothing mean, codes, blocks, and attention over kept blocks."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,13 @@ class Choice(NamedTuple):
     hit: Tensor
     margin: Tensor
     dropped: Tensor
+
+
+def of_rule(table: Mapping[str, Any], config: Any) -> Any:
+    """What a table says of a config's rule."""
+    if config.rule.name not in table:
+        raise ValueError(f"config.rule must be one that the reference knows, {sorted(table)}, got {config.rule!r}.")
+    return table[config.rule.name]
 
 
 def make_bounds(

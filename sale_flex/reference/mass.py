@@ -104,10 +104,10 @@ def mass_options(config: Any) -> MassOptions:
     """The options of a `SaleConfig`."""
     return MassOptions(
         block_size=config.block_size,
-        pool=config.query_pool if config.query_stride is None else config.query_stride,
-        sample=config.query_stride is not None,
-        sub_block=config.sub_block if config.estimator == "moments" else 1,
-        bits=config.bits,
+        pool=config.rule.pool,
+        sample=config.rule.pool_mode == "last",
+        sub_block=config.rule.sub_block,
+        bits=config.rule.bits,
         sink_tokens=config.sink_tokens,
         local_tokens=config.local_tokens,
     )
@@ -329,7 +329,7 @@ def mass_choice(
     before = (block < first[:, None, None]) & (block < stop[..., None])  # [B, nq, nk]
     seen = block_any(visible(bounds, query.shape[2], key.shape[2]), block_q, block_k)
     unasked = (repeat_heads(moments.nonfinite, query.shape[1])[:, :, None] | before[:, None]) & seen[:, None]
-    threshold = torch.as_tensor(config.threshold, dtype=torch.float32, device=key.device).expand(query.shape[1])
+    threshold = torch.as_tensor(config.rule.threshold, dtype=torch.float32, device=key.device).expand(query.shape[1])
     hit, margin, dropped, _ = decide(masses, threshold[:, None], unasked, block_q // options.pool, budget)
     return Choice(hit | unasked, margin.masked_fill(unasked, torch.inf), dropped)
 

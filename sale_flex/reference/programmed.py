@@ -7,6 +7,7 @@ rows see decides all the rest: which blocks are visible, full, always kept, and 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from sale_flex.reference.common import (
     block_max,
     key_mean,
     make_bounds,
+    of_rule,
     quantize_rows,
     repeat_heads,
     rotate,
@@ -83,7 +85,7 @@ def programmed_keep_map(
     score_mod: Mod | None = None,
     mask_mod: Mod | None = None,
     block_mask: Any = None,
-    causal: bool = True,
+    is_causal: bool = True,
     q_offset: int | Tensor | None = None,
     kv_range: Tensor | None = None,
     scale: float | None = None,
@@ -100,7 +102,7 @@ def programmed_keep_map(
         score_mod: As flex_attention takes it.
         mask_mod: Likewise.
         block_mask: A BlockMask of any block size: its lists, and its mask_mod besides.
-        causal: Whether keys after a row's position are hidden.
+        is_causal: Whether keys after a row's position are hidden.
         q_offset: Key index of the first query; by default ``Skv - Sq``.
         kv_range: int ``[B, 2]``, first and one-past-last valid key.
         scale: Softmax scale; by default ``D ** -0.5``.
@@ -123,22 +125,18 @@ def programmed_keep_map(
     block_q, block_k = config.block_size
     scale = dim**-0.5 if scale is None else scale
     bounds = make_bounds(batch, q_len, kv_len, q_offset, kv_range, query.device)
-    seen = seen_elements(bounds, heads, q_len, kv_len, mask_mod, block_mask, causal)
+    seen = seen_elements(bounds, heads, q_len, kv_len, mask_mod, block_mask, is_causal)
     visible = block_any(seen, block_q, block_k)
     full = ~block_any(~seen, block_q, block_k)
     min_length = kv_len if 2 * q_len < block_q else config.min_length
-    sink_local = near_elements(seen, bounds, causal, config.sink_tokens, config.local_tokens)
+    sink_local = near_elements(seen, bounds, is_causal, config.sink_tokens, config.local_tokens)
     early = early_elements(seen, min_length)
     always = visible & block_any(sink_local | early, block_q, block_k)
     candidate = visible & ~always
     mean = key_mean(key, bounds, config.smooth_tokens)
     call = Call(query, key, bounds, mean, seen, sink_local, candidate, full, score_mod, scale, dtype)
-    if config.metric == "relative":
-        choice = relative_choice(call, config)
-    elif config.metric == "mass":
-        choice = mass_choice(call, config, budget)
-    else:
-        raise ValueError(f"config.metric must be 'mass' or 'relative', got {config.metric!r}.")
+    choose = {"mass": partial(mass_choice, budget=budget), "relative": relative_choice}
+    choice: Choice = of_rule(choose, config)(call, config)
     if value is not None:
         at = torch.arange(kv_len, device=key.device)
         valid = (at >= bounds[:, 1, None]) & (at < bounds[:, 2, None])
@@ -167,7 +165,7 @@ def programmed_attention(
     score_mod: Mod | None = None,
     mask_mod: Mod | None = None,
     block_mask: Any = None,
-    causal: bool = True,
+    is_causal: bool = True,
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention to the elements that rows see in kept blocks; differentiable in query, key and value.
@@ -183,7 +181,7 @@ def programmed_attention(
         score_mod: As flex_attention takes it.
         mask_mod: Likewise.
         block_mask: A BlockMask, see `programmed_keep_map`.
-        causal: Whether keys after a row's position are hidden.
+        is_causal: Whether keys after a row's position are hidden.
         sink_logits: ``[Hq]``: one more logit for every row of a head, which takes probability and has no value.
 
     Returns:
@@ -191,7 +189,7 @@ def programmed_attention(
         logarithm of the sum of exponentials of what it sees, without the sink; -inf for nothing.
     """
     heads, q_len, kv_len = query.shape[1], query.shape[2], key.shape[2]
-    seen = seen_elements(bounds, heads, q_len, kv_len, mask_mod, block_mask, causal)
+    seen = seen_elements(bounds, heads, q_len, kv_len, mask_mod, block_mask, is_causal)
     wide = kept.repeat_interleave(block_size[0], 2).repeat_interleave(block_size[1], 3)
     seen = seen & wide[:, :, :q_len, :kv_len]
     logits = query.double() @ repeat_heads(key, heads).double().transpose(-1, -2) * scale
@@ -320,11 +318,11 @@ def relative_choice(call: Call, config: Any) -> Choice:
 
     exact = query.to(dtype) @ repeat_heads(key, heads).to(dtype).transpose(-1, -2) * scale
     exact = modified(call.score_mod, exact, row, column).masked_fill(~(call.seen & call.sink_local), -torch.inf)
-    threshold = torch.as_tensor(config.threshold, dtype=dtype, device=key.device).reshape(-1, 1)
+    threshold = torch.as_tensor(config.rule.threshold, dtype=dtype, device=key.device).reshape(-1, 1)
     limit = exact.logsumexp(-1) + threshold.log()
 
-    query_codes, query_scale = quantize_rows(query, config.bits)
-    key_codes, key_scale = quantize_groups(key, call.mean, bounds, block_k, config.bits)
+    query_codes, query_scale = quantize_rows(query, config.rule.bits)
+    key_codes, key_scale = quantize_groups(key, call.mean, bounds, block_k, config.rule.bits)
     product = query_codes.to(dtype) @ repeat_heads(key_codes, heads).to(dtype).transpose(-1, -2)
     group = (column - bounds[:, 1, None].long()).clamp_min(0) // block_k  # [B, Skv]
     of_key = key_scale.gather(2, group[:, None].expand(-1, key.shape[1], -1)).to(dtype)
@@ -353,7 +351,7 @@ def mass_choice(call: Call, config: Any, budget: int | None) -> Choice:
     moments = quantize_moments(key, call.mean, bounds, block_k, options.sub_block, options.bits)
     unasked = call.candidate & repeat_heads(moments.nonfinite, query.shape[1])[:, :, None]
 
-    threshold = torch.as_tensor(config.threshold, dtype=dtype, device=key.device).expand(query.shape[1])
+    threshold = torch.as_tensor(config.rule.threshold, dtype=dtype, device=key.device).expand(query.shape[1])
     threshold = threshold[:, None, None]
     cut = weights.total[..., None] + torch.where(threshold > 0, threshold.log(), FLOOR)
     # -inf - -inf: a row that sees nothing, or a block without anything for the row.

@@ -94,11 +94,11 @@ def relative_choice(
     block_q, block_k = config.block_size
     seen = visible(bounds, query.shape[2], key.shape[2])[:, None]
     mean = key_mean(key, bounds, config.smooth_tokens)
-    q_codes, q_scale = quantize_rows(query, config.bits)
-    k_codes, k_scale = quantize_groups(key, mean, bounds, block_k, config.bits)
+    q_codes, q_scale = quantize_rows(query, config.rule.bits)
+    k_codes, k_scale = quantize_groups(key, mean, bounds, block_k, config.rule.bits)
     score = element_scores(q_codes, q_scale, k_codes, k_scale, bounds, block_k, scale, dtype)
     limit = row_limits(
-        query, key, mean, bounds, config.threshold, scale, config.sink_tokens, config.local_tokens, dtype
+        query, key, mean, bounds, config.rule.threshold, scale, config.sink_tokens, config.local_tokens, dtype
     )
     # Negated, so that a NaN on either side keeps the block.
     hit = block_any(~(score < limit[..., None]) & seen, block_q, block_k)

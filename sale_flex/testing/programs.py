@@ -76,16 +76,16 @@ def _mask_by_head(shape: Shape, device: Device) -> Options:
 
 
 PROGRAMS: dict[str, Callable[[Shape, Device], Options]] = {
-    "causal": lambda s, d: {"mask_mod": mods.causal(s.offset), "causal": False},
-    "everything": lambda s, d: {"causal": False},
+    "causal": lambda s, d: {"mask_mod": mods.causal(s.offset), "is_causal": False},
+    "everything": lambda s, d: {"is_causal": False},
     "window": lambda s, d: {"mask_mod": mods.sliding_window(90, s.offset)},
     "window to both sides": lambda s, d: {
         "mask_mod": mods.sliding_window(70, s.offset, causal=False),
-        "causal": False,
+        "is_causal": False,
     },
-    "prefix": lambda s, d: {"mask_mod": mods.prefix_lm(100, s.offset), "causal": False},
+    "prefix": lambda s, d: {"mask_mod": mods.prefix_lm(100, s.offset), "is_causal": False},
     "documents": lambda s, d: {"mask_mod": mods.document(_ids(s, d), s.offset)},
-    "documents, both ways": lambda s, d: {"mask_mod": mods.document(_ids(s, d), s.offset), "causal": False},
+    "documents, both ways": lambda s, d: {"mask_mod": mods.document(_ids(s, d), s.offset), "is_causal": False},
     "window and documents": lambda s, d: {
         "mask_mod": mods.and_masks(mods.sliding_window(120, s.offset), mods.document(_ids(s, d), s.offset))
     },
@@ -97,18 +97,18 @@ PROGRAMS: dict[str, Callable[[Shape, Device], Options]] = {
         "score_mod": mods.relative_bias(4 * _random((s.heads, 64), d), s.offset, rough=True)
     },
     "bucketed bias": lambda s, d: {"score_mod": mods.bucketed_bias(_random((s.heads, 32), d), s.offset)},
-    "neighborhood 1-d": lambda s, d: {"mask_mod": mods.neighborhood((s.kv_len,), 41), "causal": False},
-    "neighborhood 2-d": lambda s, d: {"mask_mod": mods.neighborhood(_grid(s.kv_len, 2), 7), "causal": False},
+    "neighborhood 1-d": lambda s, d: {"mask_mod": mods.neighborhood((s.kv_len,), 41), "is_causal": False},
+    "neighborhood 2-d": lambda s, d: {"mask_mod": mods.neighborhood(_grid(s.kv_len, 2), 7), "is_causal": False},
     "neighborhood 2-d, dilated": lambda s, d: {
         "mask_mod": mods.neighborhood(_grid(s.kv_len, 2), (5, 3), (2, 3)),
-        "causal": False,
+        "is_causal": False,
     },
-    "neighborhood 3-d": lambda s, d: {"mask_mod": mods.neighborhood(_grid(s.kv_len, 3), 3), "causal": False},
+    "neighborhood 3-d": lambda s, d: {"mask_mod": mods.neighborhood(_grid(s.kv_len, 3), 3), "is_causal": False},
     "soft cap in documents": lambda s, d: {
         "score_mod": mods.softcap(5.0),
         "mask_mod": mods.document(_ids(s, d), s.offset),
     },
-    "a block mask": lambda s, d: {"block_mask": _block_mask(s, d, (64, 64)), "causal": False},
+    "a block mask": lambda s, d: {"block_mask": _block_mask(s, d, (64, 64)), "is_causal": False},
     "a finer block mask": lambda s, d: {"block_mask": _block_mask(s, d, (32, 16))},
     "a coarser block mask by head": lambda s, d: {"block_mask": _block_mask(s, d, (128, 128), True)},
     "a block mask and a mask": lambda s, d: {

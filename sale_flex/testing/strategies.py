@@ -15,8 +15,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sale_flex.config import BLOCK_SIZES, ESTIMATORS, METRICS, POOLS, SUB_BLOCKS, SaleConfig
+from sale_flex.config import BLOCK_SIZES, SaleConfig
 from sale_flex.mods import MaskMod, ScoreMod
+from sale_flex.rules import Mass, Relative, Rule
+from sale_flex.rules.mass import POOL_MODES, POOLS, SUB_BLOCKS
 from sale_flex.testing.inputs import Shape
 
 GROUPS = (1, 2, 3, 4, 5, 7, 8)
@@ -99,47 +101,67 @@ def thresholds(least: float = 1e-4, most: float = 10.0) -> st.SearchStrategy[flo
 
 
 @st.composite
+def rules(
+    draw: st.DrawFn,
+    *,
+    heads: int | None = None,
+    kinds: Sequence[type[Rule]] = (Mass, Relative),
+    bits: Sequence[int] = (4, 8),
+    block_k: int = 64,
+) -> Rule:
+    """The options of `Mass` and `Relative`, and no `max_blocks`.
+
+    Args:
+        draw: Supplied by Hypothesis.
+        heads: If given, a threshold may also be a tensor of this many.
+        kinds: Choices of rule.
+        bits: Choices of code width.
+        block_k: Keys a block: the largest sub-block.
+    """
+    kind = draw(st.sampled_from(kinds))
+    levels = thresholds() if kind is Relative else thresholds(most=1.5)
+    threshold: float | Tensor = draw(levels)
+    if heads is not None and draw(st.booleans()):
+        threshold = torch.tensor([draw(levels) for _ in range(heads)])
+    width = draw(st.sampled_from(bits))
+    if kind is Relative:
+        return Relative(threshold, bits=width)
+    return Mass(
+        threshold,
+        pool=draw(st.sampled_from(POOLS)),
+        pool_mode=draw(st.sampled_from(POOL_MODES)),
+        # A scan as often as moments of any size.
+        sub_block=draw(st.just(1) | st.sampled_from([size for size in SUB_BLOCKS if 1 < size <= block_k])),
+        bits=width,
+    )
+
+
+@st.composite
 def configs(
     draw: st.DrawFn,
     *,
     heads: int | None = None,
-    metrics: Sequence[str] = METRICS,
+    kinds: Sequence[type[Rule]] = (Mass, Relative),
     block_sizes: Sequence[tuple[int, int]] = BLOCK_SIZES,
     bits: Sequence[int] = (4, 8),
     max_min_length: int = 128,
     max_window: int = 150,
 ) -> SaleConfig:
-    """The options of `SaleConfig`, with lengths that suit prompts of some hundred tokens, and no `max_blocks`.
+    """The options of `SaleConfig`, with lengths that suit prompts of some hundred tokens.
 
     Args:
         draw: Supplied by Hypothesis.
         heads: If given, a threshold may also be a tensor of this many.
-        metrics: Choices of selection rule.
+        kinds: Choices of rule; see `rules`.
         block_sizes: Choices of block size.
         bits: Choices of code width.
         max_min_length: Largest ``min_length``, in tokens; 0 leaves all but the windows to the rule.
         max_window: Largest ``sink_tokens`` and ``local_tokens``; small ones leave more blocks to the rule.
     """
-    metric = draw(st.sampled_from(metrics))
-    levels = thresholds() if metric == "relative" else thresholds(most=1.5)
-    threshold: float | Tensor = draw(levels)
-    if heads is not None and draw(st.booleans()):
-        threshold = torch.tensor([draw(levels) for _ in range(heads)])
     block_size = draw(st.sampled_from(block_sizes))
-    estimate: dict[str, Any] = {}
-    if metric == "mass":
-        estimate = {
-            "estimator": draw(st.sampled_from(ESTIMATORS)),
-            "query_pool": draw(st.sampled_from(POOLS)),
-            "query_stride": draw(st.none() | st.sampled_from(POOLS)),
-            "sub_block": draw(st.sampled_from([size for size in SUB_BLOCKS if size <= block_size[1]])),
-        }
     return SaleConfig(
-        metric=metric,
-        threshold=threshold,
+        rule=draw(rules(heads=heads, kinds=kinds, bits=bits, block_k=block_size[1])),
         block_size=block_size,
-        **estimate,
-        bits=draw(st.sampled_from(bits)),
         sink_tokens=draw(st.integers(0, max_window)),
         local_tokens=draw(st.integers(1, max_window)),
         min_length=draw(st.integers(0, max_min_length)),
@@ -152,7 +174,7 @@ def calls(
     draw: st.DrawFn,
     /,
     *,
-    metrics: Sequence[str] = METRICS,
+    kinds: Sequence[type[Rule]] = (Mass, Relative),
     block_sizes: Sequence[tuple[int, int]] = BLOCK_SIZES,
     bits: Sequence[int] = (4, 8),
     max_min_length: int = 128,
@@ -163,7 +185,7 @@ def calls(
     shape = draw(shapes(**options))
     config = configs(
         heads=shape.heads,
-        metrics=metrics,
+        kinds=kinds,
         block_sizes=block_sizes,
         bits=bits,
         max_min_length=max_min_length,

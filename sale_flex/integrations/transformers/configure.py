@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sale_flex.block_mask import EVERY_ROW
+from sale_flex.call import EVERY_ROW
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.caches import hand_over_cache
 from sale_flex.integrations.transformers.layers import (
@@ -122,20 +122,20 @@ def _per_layer(config: Any, heads: Mapping[int, int]) -> dict[int, SaleConfig]:
 
 def _local(config: SaleConfig, heads: int, mine: slice, device: torch.device) -> SaleConfig:
     """The config with the thresholds of this process's heads, on the layer's device."""
-    threshold = config.threshold
+    threshold = config.rule.threshold
     if not isinstance(threshold, Tensor):
         return config
     if threshold.shape != (heads,):
         raise ValueError(
-            f"config.threshold must be a float or have shape [{heads}], one per query head of the model, got "
+            f"config.rule.threshold must be a float or have shape [{heads}], one per query head of the model, got "
             f"{list(threshold.shape)}."
         )
     if threshold.is_meta:
         raise ValueError(
-            "config.threshold must have values, got a tensor on the meta device; make it outside of "
+            "config.rule.threshold must have values, got a tensor on the meta device; make it outside of "
             "torch.device('meta')."
         )
     if not threshold.any():
-        return replace(config, threshold=0.0, min_length=EVERY_ROW)
+        return replace(config.with_threshold(0.0), min_length=EVERY_ROW)
     with torch.inference_mode(False):  # they serve outside of it too
-        return replace(config, threshold=threshold[mine].detach().to(device, copy=True))
+        return config.with_threshold(threshold[mine].detach().to(device, copy=True))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from sale_flex import mods
-from sale_flex.attention import SaleResult, sale_attention
+from sale_flex.attention import AuxRequest, sale_attention
 from sale_flex.autocast import autocast_inputs, without_autocast
 from sale_flex.clock import running
 from sale_flex.config import SaleConfig
@@ -35,6 +35,7 @@ from sale_flex.integrations.transformers.layers import (
 from sale_flex.integrations.transformers.masks import DENSE_QUERIES, ModelMask
 from sale_flex.integrations.transformers.refused import refuse
 from sale_flex.key_codes import KeyCodes
+from sale_flex.stats import SaleStats
 
 _DEFAULT = SaleConfig()
 
@@ -107,9 +108,9 @@ def sale_flex_forward(
         key, value = key[:, :, :keys], value[:, :, :keys]
         options |= attention_mask.options
     elif attention_mask is not None:
-        options |= {"block_mask": attention_mask, "causal": False}
+        options |= {"block_mask": attention_mask, "is_causal": False}
     elif not causal:
-        options["causal"] = False
+        options["is_causal"] = False
     if softcap is not None:
         options["score_mod"] = mods.softcap(softcap)
     if s_aux is not None:
@@ -138,27 +139,28 @@ def _attend(state: LayerState | None, call: AttentionCall, codes: KeyCodes | Non
         with without_autocast(call.query):
             return state.observer(call)
     inputs = (call.query, call.key, call.value, state.config)
+    wanted = AuxRequest(stats=True)
     if torch.compiler.is_compiling():
-        result = sale_attention(*inputs, stats=True, **call.options)
+        output, aux = sale_attention(*inputs, return_aux=wanted, **call.options)
     else:
         with running(state.clock):
-            result = sale_attention(*inputs, stats=True, key_codes=codes, **call.options)
-    assert isinstance(result, SaleResult)
-    stats = result.stats
-    _count(state, DENSE if stats.ran_dense else SPARSE, stats.path)
+            output, aux = sale_attention(*inputs, return_aux=wanted, key_codes=codes, **call.options)
+    stats = aux.stats
+    assert stats is not None
+    _count(state, DENSE if stats.ran_dense else SPARSE, stats)
     missed = stats.audit
     counts = (stats.kept_blocks, stats.visible_blocks, stats.dropped_blocks, missed.rows, missed.made_dense)
     state.blocks.add_(torch.stack(counts).sum(1))
     state.masses.add_(torch.stack((missed.wanted_mass, missed.missed_mass, missed.missed_squares)).sum(1))
-    return result.output
+    return output
 
 
-def _count(state: LayerState | None, kind: int, path: str) -> None:
+def _count(state: LayerState | None, kind: int, ran: SaleStats | str) -> None:
     if state is None:
         return
     state.calls[kind].add_(1)
     if kind != DECODE and not torch.compiler.is_compiling():
-        state.paths[path] += 1
+        state.paths[ran if isinstance(ran, str) else ran.describe()] += 1
 
 
 def _refuse_early(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:

@@ -4,13 +4,12 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sale_flex.block_mask import EVERY_ROW
+from sale_flex.call import EVERY_ROW
 from sale_flex.clock import Clock
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.refused import NAME
@@ -42,7 +41,7 @@ class LayerState:
         blocks: int64 ``[5, Hq]``: kept, visible and dropped blocks of each head, of prefill; audited rows, and calls in
             which the head was made dense.
         masses: float32 ``[3, Hq]``: what audited rows wanted, missed, and the squares of that.
-        paths: How often each path of `SaleStats.path` ran in prefill, outside compiled programs.
+        paths: How often `SaleStats.describe` said what in prefill, outside compiled programs.
         clock: Time of choosing blocks and of attention in prefill, outside compiled programs.
     """
 
@@ -63,8 +62,9 @@ class LayerState:
                 before = getattr(self, name)
                 setattr(self, name, _counter(*before.shape, device=device, dtype=before.dtype))
                 getattr(self, name).copy_(before)
-            if isinstance(self.config.threshold, Tensor):
-                self.config = replace(self.config, threshold=self.config.threshold.to(device))
+            threshold = self.config.rule.threshold
+            if isinstance(threshold, Tensor):
+                self.config = self.config.with_threshold(threshold.to(device))
 
     def reset(self) -> None:
         """Count from 0 again."""

@@ -271,7 +271,7 @@ def _options(looks: Looks, device: torch.device | str) -> dict[str, Any]:
     if isinstance(q_offset, Tensor) or q_offset != looks.keys - looks.q_len:
         options["q_offset"] = q_offset
     if not looks.causal:
-        options["causal"] = False
+        options["is_causal"] = False
     if looks.padding is not None:
         options["kv_range"] = (looks.padding.valid - looks.kv_offset).clamp(0, looks.keys)
     parts: list[MaskMod] = []

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from sale_flex.config import SaleConfig
+from sale_flex.rules import Mass
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ class Measured(NamedTuple):
     where: str
     """The checkpoints whose loss was compared with dense attention's (docs/decisions.md)."""
     harm: str | None
-    """What `SaleConfig.fast` does to them; None: nothing."""
+    """What `Mass.fast` does to them; None: nothing."""
 
 
 MEASURED = {
@@ -44,12 +45,12 @@ def say_measured(model: torch.nn.Module, configs: Iterable[SaleConfig]) -> None:
     if not isinstance(family, str):
         return
     _log_once(family)
-    moments = any(one.metric == "mass" and one.estimator == "moments" for one in configs)
+    averaged = any(isinstance(one.rule, Mass) and one.rule.averages for one in configs)
     harm = MEASURED.get(family, _UNKNOWN).harm
-    if moments and harm is not None:
+    if averaged and harm is not None:
         warnings.warn(
-            f"estimator='moments' is not known to be safe on models of type {family!r}: it {harm}. Compare the loss "
-            "on your text with dense attention's, or take the default estimator, 'scan'.",
+            f"estimating by moments (Mass.fast) is not known to be safe on models of type {family!r}: it {harm}. "
+            "Compare the loss on your text with dense attention's, or take the default, Mass().",
             UserWarning,
             stacklevel=3,
         )

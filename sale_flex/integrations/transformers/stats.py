@@ -47,7 +47,7 @@ class LayerStats:
     made_dense: tuple[int, ...]
     """How often each head was made dense for what it missed (``on_miss="dense"``), in calls and their batch rows."""
     paths: dict[str, int]
-    """How often each path ran, as `SaleStats.path` names them; without calls inside compiled programs."""
+    """How often what ran, as `SaleStats.describe` says it; without calls inside compiled programs."""
     mask_ms: float
     """Milliseconds spent on choosing blocks, in all; of the device on CUDA. Without compiled programs, as `paths`."""
     attention_ms: float

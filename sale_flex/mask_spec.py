@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who sees whom in a programmed call, and what that makes of the grid of blocks (docs/semantics.md)."""
+"""Who sees whom in a call under mods, and what that makes of the grid of blocks (docs/semantics.md)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class Mod(NamedTuple):
     """What it captures."""
 
 
-class Sight(NamedTuple):
+class MaskSpec(NamedTuple):
     """Who sees whom, apart from lengths."""
 
     bounds: Tensor
@@ -35,18 +35,23 @@ class Sight(NamedTuple):
     """Keys of such a block."""
 
 
-class Structure(NamedTuple):
-    """What the sight of a call makes of the grid of blocks, for each of Hs heads: 1, or Hq if heads differ."""
+def causal_spec(bounds: Tensor) -> MaskSpec:
+    """Plain causal attention as a mask."""
+    return MaskSpec(bounds, True, "", (), None, 1, 1)
+
+
+class BlockVisibility(NamedTuple):
+    """What a `MaskSpec` makes of the grid of blocks, for each of Hs heads: 1, or Hq if heads differ."""
 
     visible: Tensor
     """int32 ``[B, Hs, nq, ceil(nk / 32)]``: bits of the blocks in which some row sees some key."""
     full: Tensor
     """Likewise: blocks in which every row sees every key inside the tensors."""
-    rows: Tensor
+    row_kv_bounds: Tensor
     """int32 ``[B, Hs, 2, nq * BQ]``: first and last key that each row sees, 2**30 and -1 if there is none."""
 
 
-class Lists(NamedTuple):
+class CandidateBlocks(NamedTuple):
     """The visible blocks of every query block in three ascending runs: always kept, partial candidates, whole ones."""
 
     always: Tensor
@@ -55,3 +60,11 @@ class Lists(NamedTuple):
     """int32 ``[B, Hs, nq, 3]``: lengths of the runs."""
     blocks: Tensor
     """int32 ``[B, Hs, nq, nk]``: key blocks; what follows the runs means nothing."""
+
+
+class Structure(NamedTuple):
+    """What the mods of a call make of the grid of blocks."""
+
+    visibility: BlockVisibility
+    candidates: CandidateBlocks | None
+    """None where nothing is estimated, because all that is visible is kept."""
