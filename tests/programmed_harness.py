@@ -31,6 +31,16 @@ def _by_head(b, h, q, kv, AUX):
 
 
 @triton.jit
+def _to_position(b, h, q, kv, AUX):
+    return kv <= q + AUX[0]
+
+
+@triton.jit
+def _last(b, h, q, kv, AUX):
+    return (kv <= q + AUX[0]) & (kv > q + AUX[0] - AUX[1])
+
+
+@triton.jit
 def window_range(b, h, first, last, AUX):
     return first - AUX[0] + 1, last + AUX[0] - 1
 
@@ -73,6 +83,12 @@ MASKS = {
     "by head": ((_by_head, (REACH,)), lambda b, h, q, kv: q - kv < REACH[h], True),
 }
 """Name -> kernel's form, torch's form, whether heads differ."""
+
+CAUSAL_MASKS = {
+    "causal": (_to_position, lambda q, kv, offset: kv <= q + offset),
+    "window": (_last, lambda q, kv, offset, window: (kv <= q + offset) & (kv > q + offset - window)),
+}
+"""Name -> kernel's form, torch's form without batch row and head but with the numbers that both take."""
 
 SCORES = {
     "none": (None, None),
