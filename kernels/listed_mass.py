@@ -7,9 +7,12 @@ candidates by the codes of their sub-blocks' moments, gathered through the list.
 a reference of each row, and compared with the row's cut once its total is known. Programs are persistent, so that what
 is written down is bounded by the GPU's size.
 
-The reference is what the exact part weighs. A row whose codes exceed it beyond float32, or whose score_mod gives what
-is not finite, is noticed in its total; its tile is then weighed again, carefully, relative to the largest logit. Masses
-below 2**-126 of the reference count as none.
+Without a score_mod, arithmetic and decisions are those of `mass`: integers up to the masses, which are floats of their
+bits, and levels. A level of masses is a float that they have to reach, so that scratch holds masses in any case.
+
+With a score_mod the reference is what all exact parts weigh. A row whose codes exceed it beyond float32, or whose
+score_mod gives what is not finite, is noticed in its total; its tile is then weighed again, carefully, relative to the
+largest logit. Masses below 2**-126 of the reference count as none.
 """
 
 import math
@@ -20,14 +23,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .listed_weights import CAREFUL, FAST, PEAK, weigh, weigh_exactly
+from .fixed_point import CENTER, FRACTION, HIGHEST, clamped_fixed_point, level
+from .listed_weights import ABSENT, CAREFUL, FAST, PEAK, sort_candidates, sum_codes, weigh, weigh_exactly
+from .pool import LOG2E
 from .primitives import rotation_stages
 from .seen import at_head, listed_arguments, mod_arguments
 
 
 @triton.jit
 def _decide(
-    scratch_ptr, scratch_stride, cut_ptr, all_hit, list_ptr, count, flags_ptr, hits_ptr, hits_stride,
+    scratch_ptr, scratch_stride, cut_ptr, all_hit, list_ptr, count, first_block, flags_ptr, hits_ptr, hits_stride,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """How many candidates of each head are hit, flags not counted, int32 ``[H]``; their bits are set if WRITE.
@@ -35,10 +40,11 @@ def _decide(
     Args:
         scratch_ptr: Masses of the first head's first row; the other rows and heads follow.
         scratch_stride: From row to row.
-        cut_ptr: What masses of each row have to reach, float32 ``[H * ROWS]``, above 0.
+        cut_ptr: What masses of each row have to reach, float32 ``[H * ROWS]``.
         all_hit: Whether every candidate of a head is hit, ``[H]``.
         list_ptr: Candidates.
         count: How many.
+        first_block: Blocks before it are hit in any case.
         flags_ptr: Words of blocks that are hit in any case.
         hits_ptr: The first head's words.
         hits_stride: From head to head.
@@ -64,6 +70,7 @@ def _decide(
                 hit = hit | (mass >= tl.load(cuts_at + row + unrolled))
         block = tl.load(list_ptr + slot, mask=there, other=0)
         flag = ((tl.load(flags_ptr + block // 32, mask=there, other=0) >> (block % 32)) & 1) == 1
+        flag = flag | (block < first_block)
         counts += (there & hit & (flag == 0)).to(tl.int32)
         if WRITE:
             bit = tl.full([1, SLOTS], 1, tl.int32) << (block % 32)
@@ -73,11 +80,24 @@ def _decide(
 
 
 @triton.jit
-def _store_raised(cut_ptr, cut, raised, of_member):
-    """Store cuts [M], raised by eighths of an octave, of each head [H], whose rows `of_member` [H, M] says."""
+def _mass_of_level(level, base):
+    """The least float32 of a level of 1 or more, above the float whose bits are `base`; of 128 none is."""
+    return tl.where(level < 128, (base + (level << 20)).to(tl.float32, bitcast=True), float("inf"))
+
+
+@triton.jit
+def _store_raised(cut_ptr, cut, base, raised, of_member, LEVELS: tl.constexpr):
+    """Store cuts [M], raised by eighths of an octave, of each head [H], whose rows `of_member` [H, M] says.
+
+    With LEVELS cuts are levels above the float whose bits are `base`.
+    """
     raised = tl.sum(tl.where(of_member, raised[:, None], 0), axis=0)
     tl.debug_barrier()
-    tl.store(cut_ptr + tl.arange(0, cut.shape[0]), cut * tl.exp2(raised * 0.125))
+    if LEVELS:
+        cut = _mass_of_level(cut + raised, base)
+    else:
+        cut = cut * tl.exp2(raised * 0.125)
+    tl.store(cut_ptr + tl.arange(0, cut.shape[0]), cut)
     tl.debug_barrier()
 
 
@@ -88,19 +108,22 @@ def _listed_mass_kernel(
     listed_ptr, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold_ptr,
     scratch_ptr, hits_ptr, dropped_ptr,
     q_len, kv_len, tiles, query_blocks, key_blocks, words, sub_rows, scratch_stride,
-    logit_scale, code_factor, square_factor, budget,
+    logit_scale, inverse_scale, code_factor, square_factor, bias, highest, budget,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, STRUCTURE_HEADS: tl.constexpr, TOGETHER: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SCORE: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     G: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, WIDE: tl.constexpr, LIMIT: tl.constexpr, SQUARE_LIMIT: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Hit words of query blocks, tile after tile: TOGETHER heads that share keys, and a list, of one query block."""
     ROWS: tl.constexpr = BLOCK_Q // P  # pooled rows a query block
     GROUPS: tl.constexpr = HEADS // TOGETHER
-    # A program's scratch: the cut of every row, then the masses of every row.
-    cut_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (BLOCK_M * (scratch_stride + 1))
+    LEVELS: tl.constexpr = SCORE is None
+    MOST: tl.constexpr = 128 if LEVELS else 2048  # a raise of cuts, in eighths of an octave, that leaves no hit
+    # A program's scratch: the cut of every row, the masses of every row, and a list of candidates.
+    cut_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (BLOCK_M * (scratch_stride + 1) + scratch_stride)
     scratch_ptr = cut_ptr + BLOCK_M
+    sorted_ptr = (scratch_ptr + BLOCK_M * scratch_stride).to(tl.pointer_type(tl.int32))
     rows = tl.arange(0, BLOCK_M)
     offsets_d = tl.arange(0, BLOCK_D)
     in_head = (offsets_d < D)[None, :]
@@ -137,12 +160,40 @@ def _listed_mass_kernel(
         else:
             h = head
         key_at = key_ptr + b.to(tl.int64) * stride_b + (head // (HEADS // KV_HEADS)).to(tl.int64) * stride_h
+        listed_at = at_head(listed_ptr, b, head, listed_b, listed_h, LISTED_Q)
+        candidates_ptr = list_ptr + always
+        first_block = 0
+        cut_block = 0
+        if LEVELS:
+            if (whole == 0) & (partial > 0):
+                whole = sort_candidates(
+                    candidates_ptr, sorted_ptr, partial, b, head, query_block * BLOCK_Q, offset, start, end, q_len,
+                    kv_len, listed_at, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_K, P, ROWS,
+                    BLOCK_E,
+                )  # fmt: skip
+                partial -= whole
+                candidates_ptr = sorted_ptr
+            # A block that padding on the left cuts is no sink where there are none. It is kept, and of the exact part.
+            first_block = tl.cdiv(start, BLOCK_K)
+            cut_block = (tl.load(candidates_ptr, mask=partial > 0, other=first_block) < first_block).to(tl.int32)
+            shift *= inverse_scale
         exact = weigh_exactly(
-            masses_ptr, rows_ptr, at, key_at, stride_s, stride_d, full_ptr + line * words, list_ptr, always, partial,
+            masses_ptr, rows_ptr, at, key_at, stride_s, stride_d, full_ptr + line * words, list_ptr,
+            always + cut_block, 0 if LEVELS else partial,
             b, head, h, q, query_block * BLOCK_Q, offset, start, end, q_len, kv_len,
-            at_head(listed_ptr, b, head, listed_b, listed_h, LISTED_Q), listed_words, mask_aux, score_aux, logit_scale,
+            listed_at, listed_words, mask_aux, score_aux, logit_scale, shift, ABSENT if LEVELS else float("-inf"),
             CAUSAL, MASK, LISTED_Q, LISTED_K, SCORE, D, BLOCK_D, CHUNK_D, BLOCK_K, P, ROWS, BLOCK_E,
         )  # fmt: skip
+        if LEVELS:
+            of_partial = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            if partial > cut_block:
+                of_partial = weigh_exactly(
+                    masses_ptr + cut_block, rows_ptr, at, key_at, stride_s, stride_d, full_ptr + line * words,
+                    candidates_ptr + cut_block, 0, partial - cut_block,
+                    b, head, h, q, query_block * BLOCK_Q, offset, start, end, q_len, kv_len,
+                    listed_at, listed_words, mask_aux, score_aux, logit_scale, shift, float("-inf"),
+                    CAUSAL, MASK, LISTED_Q, LISTED_K, SCORE, D, BLOCK_D, CHUNK_D, BLOCK_K, P, ROWS, BLOCK_E,
+                )  # fmt: skip
 
         codes = tl.load(codes_ptr + at[:, None] * D + offsets_d[None, :], mask=in_head, other=0)  # [BLOCK_M, BLOCK_D]
         if G > 1:
@@ -155,44 +206,82 @@ def _listed_mass_kernel(
         var_scale_at = var_scale_ptr + kv_head * (sub_rows // (BLOCK_K // G))
         by_row = code_scale * code_factor
         by_square = code_scale * code_scale * square_factor
-        there = tl.maximum(q, 0)
-        if TOGETHER > 1:
-            h = head + of_head[:, None, None, None]
-        reference = tl.where(exact == float("-inf"), 0.0, exact)
-        total = tl.exp2(exact - reference)
-        if whole > 0:
-            total += weigh(
-                FAST, masses_ptr + partial, list_ptr + always + partial, whole, codes, squares,
-                mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, shift, reference, b, h, there, score_aux,
-                SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N,
-            )  # fmt: skip
-            # Below the bound, which only a row without an exact part reaches, what is small may have become nothing.
-            trusted = (total >= 2.0**-24) & (total < float("inf"))
-            if tl.max((asks & (trusted == 0)).to(tl.int32)) > 0:
-                peak = weigh(
-                    PEAK, masses_ptr + partial, list_ptr + always + partial, whole, codes, squares,
-                    mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, shift, tl.zeros_like(reference),
-                    b, h, there, score_aux, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N,
+        if LEVELS:
+            constant = clamped_fixed_point((bias - exact) * 65536.0, 2**29)
+            total = tl.where(exact == float("-inf"), 0.0, 1.0)
+            reference = exact
+            if tl.max((asks & (total == 0.0)).to(tl.int32)) > 0:
+                # A row that sees nothing in what is always kept counts in halves of the most that it sees elsewhere.
+                largest = of_partial
+                if whole > 0:
+                    peak = sum_codes(
+                        PEAK, masses_ptr + partial, candidates_ptr + partial, whole, codes, squares,
+                        mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, tl.zeros_like(constant), highest,
+                        D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
+                    )  # fmt: skip
+                    of_codes = peak.to(tl.float32) * 2.0**-16 + tl.log2(tl.full([BLOCK_M], G, tl.float32))
+                    largest = tl.maximum(largest, of_codes)
+                largest = tl.where(largest == float("-inf"), 0.0, largest - 1.0)
+                reference = tl.where(exact == float("-inf"), largest, exact)
+                constant = clamped_fixed_point((bias - reference) * 65536.0, 2**29)
+            if whole > 0:
+                total += sum_codes(
+                    FAST, masses_ptr + partial, candidates_ptr + partial, whole, codes, squares,
+                    mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, constant, highest,
+                    D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
                 )  # fmt: skip
-                peak = tl.maximum(peak, exact)
-                reference = tl.where(peak == float("-inf"), 0.0, peak)
-                tl.debug_barrier()
-                total = tl.exp2(exact - reference)
+        else:
+            there = tl.maximum(q, 0)
+            if TOGETHER > 1:
+                h = head + of_head[:, None, None, None]
+            reference = tl.where(exact == float("-inf"), 0.0, exact)
+            total = tl.exp2(exact - reference)
+            if whole > 0:
                 total += weigh(
-                    CAREFUL, masses_ptr + partial, list_ptr + always + partial, whole, codes, squares,
+                    FAST, masses_ptr + partial, candidates_ptr + partial, whole, codes, squares,
                     mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, shift, reference, b, h, there,
                     score_aux, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N,
                 )  # fmt: skip
+                # Below the bound, which only a row without an exact part reaches, small masses may have become nothing.
+                trusted = (total >= 2.0**-24) & (total < float("inf"))
+                if tl.max((asks & (trusted == 0)).to(tl.int32)) > 0:
+                    peak = weigh(
+                        PEAK, masses_ptr + partial, candidates_ptr + partial, whole, codes, squares,
+                        mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, shift, tl.zeros_like(reference),
+                        b, h, there, score_aux, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N,
+                    )  # fmt: skip
+                    peak = tl.maximum(peak, exact)
+                    reference = tl.where(peak == float("-inf"), 0.0, peak)
+                    tl.debug_barrier()
+                    total = tl.exp2(exact - reference)
+                    total += weigh(
+                        CAREFUL, masses_ptr + partial, candidates_ptr + partial, whole, codes, squares,
+                        mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, shift, reference, b, h, there,
+                        score_aux, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N,
+                    )  # fmt: skip
         tl.debug_barrier()
-        for slot in range(0, partial):
-            weight = tl.load(masses_ptr + slot)
-            tl.store(masses_ptr + slot, tl.exp2(weight - reference))
+        for slot in range(cut_block, partial):
+            weight = tl.load(masses_ptr + slot) - reference
+            if LEVELS:
+                weight = tl.exp2(tl.minimum(weight, 100.0))
+                total += weight
+            else:
+                weight = tl.exp2(weight)
+            tl.store(masses_ptr + slot, weight)
 
         threshold = tl.load(threshold_ptr + head + of_head)
-        cut = total * tl.where(threshold > 0, threshold, 2.0**-100)
-        never = (asks == 0) | (threshold >= 1.0)
-        cut = tl.where(never, float("inf"), tl.maximum(cut, 2.0**-126))
-        tl.store(cut_ptr + rows, cut)
+        base = 0
+        if LEVELS:
+            # From one level below the threshold on. A row that sees nothing asks for nothing.
+            base = tl.minimum(threshold, 1.0).to(tl.int32, bitcast=True) - (1 << 20)
+            cut = level(tl.minimum(threshold, 1.0) * total, base)
+            cut = tl.where((asks == 0) | (threshold >= 1.0) | (total == 0.0), 128, cut)
+            tl.store(cut_ptr + rows, _mass_of_level(cut, base))
+        else:
+            cut = total * tl.where(threshold > 0, threshold, 2.0**-100)
+            never = (asks == 0) | (threshold >= 1.0)
+            cut = tl.where(never, float("inf"), tl.maximum(cut, 2.0**-126))
+            tl.store(cut_ptr + rows, cut)
         # Until the budget raises cuts, a row that is not finite asks for everything, and so does threshold 0.
         greedy = (exists & (finite == 0)) | (threshold == 0.0)
         tl.debug_barrier()
@@ -204,37 +293,36 @@ def _listed_mass_kernel(
         hits_at = hits_ptr + hits_line * words
         hits_stride = query_blocks * words
         wanted = _decide(
-            scratch_ptr, scratch_stride, cut_ptr, all_hit, list_ptr + always, partial + whole, flags_at,
+            scratch_ptr, scratch_stride, cut_ptr, all_hit, candidates_ptr, partial + whole, first_block, flags_at,
             hits_at, hits_stride, ROWS, CHUNK, True,
         )  # fmt: skip
         dropped = tl.zeros([TOGETHER], tl.int32)
         if tl.max(wanted) > budget:
-            # The least raises, in eighths of an octave, that are enough: what is hit gets less with them. From 2**11 on
-            # nothing is.
+            # The least raises, in eighths of an octave, that are enough: what is hit gets less with them.
             low = dropped + 1
-            high = tl.where(wanted > budget, 2048, 0)
+            high = tl.where(wanted > budget, MOST, 0)
             count = wanted
             while tl.max(high - low) > 0:
                 middle = (low + high) // 2
-                _store_raised(cut_ptr, cut, middle, of_member)
+                _store_raised(cut_ptr, cut, base, middle, of_member, LEVELS)
                 here = _decide(
-                    scratch_ptr, scratch_stride, cut_ptr, dropped > 0, list_ptr + always, partial + whole, flags_at,
-                    hits_at, hits_stride, ROWS, CHUNK, False,
+                    scratch_ptr, scratch_stride, cut_ptr, dropped > 0, candidates_ptr, partial + whole, first_block,
+                    flags_at, hits_at, hits_stride, ROWS, CHUNK, False,
                 )  # fmt: skip
                 fits = (here <= budget) & (low < high)
                 low = tl.where((here > budget) & (low < high), middle + 1, low)
                 high = tl.where(fits, middle, high)
                 count = tl.where(fits, here, count)
             # At the last raise nothing but flags is hit, and it is never looked at.
-            dropped = wanted - tl.where(high == 2048, 0, count)
+            dropped = wanted - tl.where(high == MOST, 0, count)
             for word in range(0, words, CHUNK // TOGETHER):
                 word_at = (word + tl.arange(0, CHUNK // TOGETHER))[None, :]
                 cleared = tl.zeros([TOGETHER, CHUNK // TOGETHER], tl.int32)
                 tl.store(hits_at + member[:, None] * hits_stride + word_at, cleared, mask=word_at < words)
-            _store_raised(cut_ptr, cut, high, of_member)
+            _store_raised(cut_ptr, cut, base, high, of_member, LEVELS)
             _decide(
-                scratch_ptr, scratch_stride, cut_ptr, all_hit & (high == 0), list_ptr + always, partial + whole,
-                flags_at, hits_at, hits_stride, ROWS, CHUNK, True,
+                scratch_ptr, scratch_stride, cut_ptr, all_hit & (high == 0), candidates_ptr, partial + whole,
+                first_block, flags_at, hits_at, hits_stride, ROWS, CHUNK, True,
             )  # fmt: skip
         tl.store(dropped_ptr + hits_line + member * query_blocks, dropped)
         tl.debug_barrier()
@@ -359,20 +447,28 @@ def listed_mass(
     # A step's masses are written whole.
     step_blocks = max(1, options["BLOCK_N"] * sub_block // block_k)
     stride = triton.cdiv(key_blocks + step_blocks, 16) * 16
-    scratch = codes.new_empty(programs, options["BLOCK_M"] * (stride + 1), dtype=torch.float32)
+    scratch = codes.new_empty(programs, options["BLOCK_M"] * (stride + 1) + stride, dtype=torch.float32)
     listed_tensor, listed_b, listed_h, listed_words = listed_arguments(listed, bounds)
     mask_function, mask_aux = mod_arguments(mask)
     score_function, score_aux = mod_arguments(score)
+    top, square_top, var_top = (7, 49, 15) if bits == 4 else (127, 126, 127)
+    code_factor = scale / (1 if sub_block > 1 else 2 ** rotation_stages(dim))
+    square_factor = scale * scale / 2 * LOG2E * (1.0 if bits == 4 else 128.0)
+    if score is None:
+        code_factor *= LOG2E * 2.0**FRACTION
+        square_factor *= 2.0**FRACTION
     _listed_mass_kernel[(programs,)](
         key, *key.stride(), mean_codes, mean_scale, var_codes, var_scale, nonfinite,
         rows, codes, square_codes, code_scale, shift, counts, lists, full, bounds,
         listed_tensor, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold, scratch, hits, dropped,
         q_len, kv_len, tiles, query_blocks, key_blocks, words, mean_codes.shape[2], stride,
-        scale, scale / (1 if sub_block > 1 else 2 ** rotation_stages(dim)),
-        scale * scale / 2 * math.log2(math.e) * (1.0 if bits == 4 else 128.0), budget,
+        scale if score is not None else scale * LOG2E, 1 / scale, code_factor, square_factor,
+        127 - CENTER + math.log2(sub_block), HIGHEST, budget,
         HEADS=heads, KV_HEADS=kv_heads, STRUCTURE_HEADS=counts.shape[1], TOGETHER=together,
         CAUSAL=causal, MASK=mask_function, LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
         SCORE=score_function, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
-        G=sub_block, P=pool, CHUNK=512, **options,
+        G=sub_block, P=pool, CHUNK=512, WIDE=bits == 8,
+        LIMIT=2**29 // (dim * top * top), SQUARE_LIMIT=2**29 // (dim * square_top * var_top),
+        CAP=round(2 * (sub_block - 1) * LOG2E * 2**FRACTION), enable_fp_fusion=score is not None, **options,
     )  # fmt: skip
     return hits, dropped

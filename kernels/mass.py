@@ -18,75 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fixed_point import CENTER, FRACTION, HIGHEST, by_part, clamped_fixed_point, fixed_factor, level
 from .pool import LOG2E, pool_queries
 from .primitives import rotation_stages
 
-FRACTION = 16
-"""Bits after the point of the fixed-point logarithms."""
-
-CENTER = 0.0430
-"""Half of what log2(1 + f) exceeds f by at most, f in [0, 1]: it centres the error of a linear mantissa."""
-
-HIGHEST = (127 + 100) << FRACTION
-"""Where logarithms saturate: at 2**100 times the exact part. An argument of the kernel, not a constant of it: with a
-constant the compiler makes two instructions of a clamp that the GPU has as one."""
-
 RANGE_BYTES = 2**28
 """Codes of pooled rows held at once, in bytes: longer calls go through in ranges of query blocks."""
-
-
-@triton.jit
-def _round_even(x):
-    """Nearest int32 of a float32 below 2**22 in magnitude, ties to even."""
-    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-
-
-@triton.jit
-def _clamped_fixed_point(x, LIMIT: tl.constexpr):
-    """Nearest int32 of a float32, ties to even, held within -LIMIT and LIMIT: from 2**23 on floats are integers."""
-    x = tl.minimum(tl.maximum(x, -1.0 * LIMIT), 1.0 * LIMIT)
-    size = tl.abs(x)
-    size = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size).to(tl.int32)
-    return tl.where(x < 0, -size, size)
-
-
-@triton.jit
-def _level(total, base):
-    """Eighths of an octave of a sum above the float whose bits are `base`, rounded down, 0 to 127."""
-    return tl.minimum(tl.maximum((total.to(tl.int32, bitcast=True) - base) >> 20, 0), 127)
-
-
-@triton.jit
-def _by_part(x, SIZE: tl.constexpr):
-    """Columns [M, N] in the order of `_mass_hits_kernel` as ``[M, N / (4 SIZE), 4, SIZE]``, a part to a thread."""
-    M: tl.constexpr = x.shape[0]
-    SETS: tl.constexpr = x.shape[1] // (4 * SIZE)
-    x = tl.permute(tl.reshape(x, [M, SETS, SIZE // 2, 4, 2]), (0, 1, 3, 2, 4))
-    return tl.reshape(x, [M, SETS, 4, SIZE])
-
-
-@triton.jit
-def _factor(row_factor, scale, LIMIT: tl.constexpr, WIDE: tl.constexpr):
-    """Row factor [M] times block scale, of at most LIMIT, in fixed point: ``[M, *scale.shape]``, and so the other two.
-
-    Returns an integer; by how many bits products are shifted right before they meet it; and half of what that loses.
-    Products of 8-bit codes (WIDE) are shifted by 4 to 8 bits: the factor has then 11 bits or more where it is not tiny,
-    and product and factor fit an int32 together.
-    """
-    if len(scale.shape) == 2:
-        factor = row_factor[:, None, None] * scale[None, :, :]
-    else:
-        factor = row_factor[:, None] * scale[None, :]
-    factor = tl.minimum(factor, LIMIT * 1.0)
-    shift = tl.zeros_like(factor).to(tl.int32)
-    half = shift
-    if WIDE:
-        shift = tl.minimum(tl.maximum(138 - (factor.to(tl.int32, bitcast=True) >> 23), 4), 8)
-        factor *= (1 << shift).to(tl.float32)
-    whole = _round_even(factor)
-    if WIDE:
-        half = whole >> 1
-    return whole, shift, half
 
 
 @triton.jit
@@ -213,7 +150,7 @@ def _mass_hits_kernel(
         code_scale = tl.load(code_scale_ptr + at)
         finite = code_scale == code_scale
         code_scale = tl.where(finite, code_scale, 0.0)
-        constant = _clamped_fixed_point((bias - tl.load(reference_ptr + at)) * 65536.0, 2**29)
+        constant = clamped_fixed_point((bias - tl.load(reference_ptr + at)) * 65536.0, 2**29)
         threshold = tl.load(threshold_ptr + bh % HEADS)
         # From one level below the threshold on, so that what does not reach it is below every cut.
         base = tl.minimum(threshold, 1.0).to(tl.int32, bitcast=True) - (1 << 20)
@@ -250,20 +187,20 @@ def _mass_hits_kernel(
                     var = tl.load(var_at + step * (BLOCK_N * D) + key_offsets, mask=d_mask, other=0)
                 square = tl.dot(squares, tl.trans(var), out_dtype=tl.int32)
             product = tl.dot(codes, tl.trans(mu), out_dtype=tl.int32)
-            factor, shift, half = _factor(by_row, mu_scale, LIMIT, WIDE)
+            factor, shift, half = fixed_factor(by_row, mu_scale, LIMIT, WIDE)
             mu_scale = tl.load(mu_scale_at + ahead)
             if MOMENTS:
-                square_by, square_shift, square_half = _factor(by_square, var_scale, SQUARE_LIMIT, WIDE)
+                square_by, square_shift, square_half = fixed_factor(by_square, var_scale, SQUARE_LIMIT, WIDE)
                 var_scale = tl.load(var_scale_at + ahead)
             if TOGETHER:
                 of_row = constant[:, None, None]
                 if MOMENTS:
                     rest = (of_row + square_half)[:, :, :, None]
-                    second = (_by_part(square, PART) >> square_shift[:, :, :, None]) * square_by[:, :, :, None] + rest
+                    second = (by_part(square, PART) >> square_shift[:, :, :, None]) * square_by[:, :, :, None] + rest
                     logit = tl.minimum(second, (constant + CAP)[:, None, None, None]) + half[:, :, :, None]
                 else:
                     logit = (of_row + half)[:, :, :, None]
-                logit = (_by_part(product, PART) >> shift[:, :, :, None]) * factor[:, :, :, None] + logit
+                logit = (by_part(product, PART) >> shift[:, :, :, None]) * factor[:, :, :, None] + logit
                 bits = tl.maximum(tl.minimum(logit, highest), 0) << 7
                 total = tl.sum(bits.to(tl.float32, bitcast=True), axis=3)  # [BLOCK_M, NB * PARTS / 4, 4]
                 if (step < closed_steps) | (step >= open_steps):
@@ -285,14 +222,14 @@ def _mass_hits_kernel(
                 candidate = (here >= low_block)[None, :] & (here[None, :] < high_of_row[:, None])
                 total = tl.where(candidate, total, 0.0)
                 sums += tl.sum(total, axis=1)
-            packed += _level(total, base) << (step % 4 * 8)
+            packed += level(total, base) << (step % 4 * 8)
             if (step % 4 == 3) | (step == steps - 1):
                 words_at = scratch_ptr + step // 4 * (BLOCK_M * NB)
                 tl.store(words_at + noted, tl.reshape(packed, [BLOCK_M, NB]))
                 packed = tl.zeros_like(packed)
 
         whole = 1.0 + (tl.sum(sums, axis=1) if TOGETHER else sums)
-        cut = _level(tl.minimum(threshold, 1.0) * whole, base)
+        cut = level(tl.minimum(threshold, 1.0) * whole, base)
         cut = tl.where(finite, tl.where(threshold < 1.0, cut, 128), 0)
         in_call = query_block < stop_block
         hits_at = hits_ptr + (bh * query_blocks + query_block) * words

@@ -186,9 +186,7 @@ def _counts(call: Call, structure: Structure | None, choice: Choice, listed: Lis
     numbers = listed.lists.partial_num, listed.lists.full_num
     dropped, missed, overflow = choice.selection.dropped, choice.missed, listed.overflow
     path = Path.FLEX if call.dense is None else Path.DENSE_FLEX
-    reason = call.dense or ""
-    if call.masked is not None and call.masked.needs_scan and call.dense is None:
-        reason = "every key is estimated by itself, as the score_mod wants it"
+    reason = call.rule.remark(call) if call.dense is None else call.dense
     bounds, grid, rows_apart = call.bounds, call.grid, call.rows_apart
     visible = None if structure is None else structure.visibility.visible
 

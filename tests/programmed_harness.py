@@ -31,6 +31,16 @@ def _by_head(b, h, q, kv, AUX):
 
 
 @triton.jit
+def _to_position(b, h, q, kv, AUX):
+    return kv <= q + AUX[0]
+
+
+@triton.jit
+def _last(b, h, q, kv, AUX):
+    return (kv <= q + AUX[0]) & (kv > q + AUX[0] - AUX[1])
+
+
+@triton.jit
 def window_range(b, h, first, last, AUX):
     return first - AUX[0] + 1, last + AUX[0] - 1
 
@@ -74,6 +84,12 @@ MASKS = {
 }
 """Name -> kernel's form, torch's form, whether heads differ."""
 
+CAUSAL_MASKS = {
+    "causal": (_to_position, lambda q, kv, offset: kv <= q + offset),
+    "window": (_last, lambda q, kv, offset, window: (kv <= q + offset) & (kv > q + offset - window)),
+}
+"""Name -> kernel's form, torch's form without batch row and head but with the numbers that both take."""
+
 SCORES = {
     "none": (None, None),
     "alibi": ((_alibi, (SLOPE,)), lambda s, b, h, q, kv: s + SLOPE[h] * (kv - q)),
@@ -91,7 +107,7 @@ def make(
     *,
     mask: str = "all",
     score: str = "none",
-    causal: bool = True,
+    is_causal: bool = True,
     q_len: int = 330,
     kv_len: int = 330,
     batch: int = 1,
@@ -126,13 +142,13 @@ def make(
     kernel_mask, torch_mask, differs = MASKS[mask]
     kernel_score, torch_score = SCORES[score]
     structure_heads = heads if differs or listed_heads > 1 else 1
-    torch_sight = (bounds, causal, torch_mask, listed_bits, listed_q, listed_k)
-    sight = (bounds, causal, kernel_mask, listed_bits, listed_q, listed_k)
+    torch_sight = (bounds, is_causal, torch_mask, listed_bits, listed_q, listed_k)
+    sight = (bounds, is_causal, kernel_mask, listed_bits, listed_q, listed_k)
     visible, full, rows = structure_torch.block_structure(
-        bounds, causal, torch_mask, None, listed_bits, listed_q, listed_k, structure_heads, q_len, kv_len, *block
+        bounds, is_causal, torch_mask, None, listed_bits, listed_q, listed_k, structure_heads, q_len, kv_len, *block
     )
     always, counts, lists = structure_torch.block_lists(
-        visible, full, rows, bounds, causal, q_len, kv_len, *block, sink, local, min_length
+        visible, full, rows, bounds, is_causal, q_len, kv_len, *block, sink, local, min_length
     )
     mean = reference.key_mean(key, bounds, 128)
     thresholds = torch.full((heads,), threshold)

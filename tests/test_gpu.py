@@ -155,7 +155,7 @@ def test_output_is_attention_over_the_kept_blocks(variant):
     mask, stats = create_sale_block_mask(device.query, device.key, config, stats=True, **where)
     assert_selective(stats.density)
     seen = seen_of(shape, mask)
-    output, same = sale_attention(*device, config, return_aux=AuxRequest(stats=True), **where)
+    output, (_, same) = sale_attention(*device, config, return_aux=AuxRequest(stats=True), **where)
     assert same.path is stats.path is sale_flex.Path.FLEX
     assert_attention_close(output.cpu(), *inputs, seen)
     assert not output.cpu()[~seen.any(-1).expand(output.shape[:3])].any()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The mass rule of a programmed call; see `sale_flex.kernels.listed_mass` for the contract.
 
-Masses are shares of a pooled row's softmax with the score_mod inside. Products of codes are taken in float32, where
+Masses are shares of a pooled row's softmax. Without a score_mod they are weighed and compared as in plain causal calls,
+by the same functions; with one, which is inside, they are logarithms. Products of codes are taken in float32, where
 they are exact: at most 127 * 127 * 256 < 2**24.
 """
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from sale_flex.bits import pack_bits, unpack_bits
+from sale_flex.fallback import mass
+from sale_flex.fallback.pool import LOG2E
 from sale_flex.fallback.rotation import rotation_width
 from sale_flex.fallback.structure import (
     ALWAYS,
@@ -20,6 +23,7 @@ from sale_flex.fallback.structure import (
     Mask,
     Score,
     Sight,
+    any_in_block,
     block_kinds,
     keys_of,
     rows_of,
@@ -34,6 +38,10 @@ STEP = math.log(2) / 8
 
 FLOOR = -100 * math.log(2)
 """Where the cut of threshold 0 stands below the total when a budget begins to raise it, in nats."""
+
+
+ABSENT = -1e38
+"""The logit of a key whose own is not finite, in an exact part: it counts for nothing there, but the row sees a key."""
 
 
 class _Rows(NamedTuple):
@@ -115,49 +123,167 @@ def listed_mass(
                 code_scale[b, head, here],
                 shift[b, head, here],
             )
-            weights = torch.full((*tile.shift.shape, grid.key_blocks), -torch.inf, device=key.device)
-            of_row = kinds.repeat_interleave(block_q // pool, 1)
             near = ((kinds == ALWAYS) | (kinds == PARTIAL)).flatten(0, 1).any(0).nonzero()[:, 0]
-            keys = keys_of(near, block_k)
-            seen = sight.seen(b, shared, index, keys, grid).unflatten(1, (-1, pool)).any(2)
-            weights[..., near] = _exact(tile, key[b, kv], seen, keys, score, scale)
-            far = (kinds == WHOLE).flatten(0, 1).any(0).nonzero()[:, 0]
-            variances = (var_codes[b, kv], var_scale[b, kv]) if sub_block > 1 else None
-            coded = _coded(tile, mean_codes[b, kv], mean_scale[b, kv], variances, far, sub_block, score, scale, bits)
-            weights[..., far] = torch.where(of_row[..., far] == WHOLE, coded, weights[..., far])
-            weights.masked_fill_((tile.last < 0)[:, None], -torch.inf)
-            hit, lost = _decide(
-                weights.unflatten(1, (-1, block_q // pool)),
-                (tile.code_scale.isfinite() | (tile.last < 0)).unflatten(1, (-1, block_q // pool)),
-                (kinds == PARTIAL) | (kinds == WHOLE),
-                unpack_bits(nonfinite[b, kv], grid.key_blocks),
-                threshold[head, None, None],
-                budget,
-            )
+            seen = sight.seen(b, shared, index, keys_of(near, block_k), grid)
+            moments = mass.Keys(mean_codes[b, kv], mean_scale[b, kv], var_codes[b, kv], var_scale[b, kv])
+            if sub_block == 1:
+                moments = moments._replace(var_codes=None, var_scale=None)
+            flagged = unpack_bits(nonfinite[b, kv], grid.key_blocks)
+            limit = threshold[head, None, None]
+            if score is None:
+                hit, lost = _hits_in_levels(
+                    tile, key[b, kv], near, seen, real, kinds, start, moments, flagged, limit, sub_block, scale, bits,
+                    budget,
+                )  # fmt: skip
+            else:
+                hit, lost = _hits_under_score(
+                    tile, key[b, kv], near, seen, kinds, moments, flagged, limit, sub_block, score, scale, bits, budget
+                )
             hits[b, head, block] = pack_bits(hit)
             dropped[b, head, block] = lost
     return hits, dropped
 
 
-def _exact(tile: _Rows, key: Tensor, seen: Tensor, keys: Tensor, score: Score | None, scale: float) -> Tensor:
+def _hits_in_levels(
+    tile: _Rows,
+    key: Tensor,
+    near: Tensor,
+    seen: Tensor,
+    real: Tensor,
+    kinds: Tensor,
+    start: int,
+    moments: mass.Keys,
+    flagged: Tensor,
+    threshold: Tensor,
+    sub_block: int,
+    scale: float,
+    bits: int,
+    budget: int,
+) -> tuple[Tensor, Tensor]:
+    """Hits of a tile without a score_mod, bool ``[G, n, nk]``, and what the budget gives up, int32 ``[G, n]``.
+
+    Args:
+        tile: R pooled rows of each of n query blocks.
+        key: ``[Skv, D]``.
+        near: int64 ``[J]``: blocks that are always kept or partial candidates of a query block.
+        seen: bool ``[G or 1, n * BQ, J * BK]``: which of their keys query rows see.
+        real: bool ``[n * BQ]``: query rows that are no padding.
+        kinds: int64 ``[G or 1, n, nk]``.
+        start: First valid key.
+        moments: Codes of the KV head.
+        flagged: bool ``[nk]``: blocks that are hit anyhow, and do not count.
+        threshold: float32 ``[G, 1, 1]``.
+        sub_block: Keys a sub-block.
+        scale: Softmax scale.
+        bits: 4 or 8.
+        budget: Most hits of a query block.
+    """
+    grid, blocks = tile.grid, kinds.shape[1]
+    group, pool = len(tile.rows), len(real) // len(tile.last)
+    # Where rows of a query block are padding no block is full. What all other rows see is weighed from codes.
+    blind = any_in_block(real[:, None] & ~seen, grid.block_q, grid.block_k)
+    kinds = kinds.index_copy(2, near, torch.where((kinds[..., near] == PARTIAL) & ~blind, WHOLE, kinds[..., near]))
+    # A block that padding on the left cuts is no sink where there are none. It is kept, and of the exact part.
+    cut = torch.arange(grid.key_blocks, device=key.device) * grid.block_k < start
+    unasked = ((kinds == PARTIAL) | (kinds == WHOLE)) & (flagged | cut)
+    kinds = torch.where((kinds == PARTIAL) & cut, ALWAYS, kinds)
+
+    def by_block(x: Tensor) -> Tensor:
+        return x.unflatten(1, (blocks, -1))
+
+    logits = _logits(tile, key, keys_of(near, grid.block_k), scale) - tile.shift[..., None]
+    finite = logits.isfinite()
+    sees = seen.unflatten(1, (-1, pool)).any(2)
+    of_key = kinds[..., near].repeat_interleave(grid.block_k, -1).repeat_interleave(grid.block_q // pool, 1)
+    exact = logits.masked_fill(~finite, ABSENT).masked_fill(~(sees & (of_key == ALWAYS)), -torch.inf)
+    exact = by_block(exact.logsumexp(-1) * LOG2E)  # [G, n, R]
+    logits = by_block(logits.masked_fill_(~(sees & finite & (of_key == PARTIAL)), -torch.inf))
+
+    whole = kinds == WHOLE
+    far = whole.flatten(0, 1).any(0).nonzero()[:, 0]
+    whole = whole[:, :, None, far]
+    subs = grid.block_k // sub_block
+    of_subs = keys_of(far, subs).long()
+    mean_codes, mean_scale, var_codes, var_scale = moments
+    of_far = mass.Keys(
+        mean_codes[of_subs].float().unflatten(0, (-1, subs)),
+        mean_scale[far],
+        None if var_codes is None else var_codes[of_subs].float().unflatten(0, (-1, subs)),
+        None if var_scale is None else var_scale[far],
+    )
+    coded, finite_row = mass.coded_logits(by_block(tile.rows), of_far, sub_block, scale, bits)
+    # A row that sees nothing in what is always kept counts in halves of the most that it sees elsewhere.
+    own = exact > -torch.inf
+    largest = logits.logsumexp(-1) * LOG2E
+    if len(far):
+        of_codes = coded.amax(-1).float() / 2**mass.FRACTION + math.log2(sub_block)
+        largest = torch.maximum(largest, of_codes.masked_fill(~whole, -torch.inf).amax(-1))
+    unit = torch.where(own, exact, torch.where(largest > -torch.inf, largest - 1, 0.0))
+
+    sums = torch.zeros(*unit.shape, grid.key_blocks, device=key.device)
+    partial = logits.unflatten(-1, (len(near), grid.block_k)).logsumexp(-1) * LOG2E
+    sums[..., near] = (partial - unit[..., None]).clamp_max_(100).exp2_()
+    sums[..., far] = torch.where(whole, mass.sums_of_logits(coded, unit, sub_block), sums[..., far])
+    exists = by_block((tile.last >= 0)[None]).expand(group, -1, -1)
+    candidate = ((kinds == PARTIAL) | (kinds == WHOLE))[:, :, None] & exists[..., None]
+    sums.masked_fill_(~candidate, 0.0)
+    # A row that sees nothing asks for nothing, if it is finite.
+    candidate = candidate & (own | sums.any(-1) | ~finite_row)[..., None]
+    hit, lost = mass.decide(sums, finite_row, candidate, flagged, threshold, budget, own.float())
+    return hit | unasked, lost
+
+
+def _hits_under_score(
+    tile: _Rows,
+    key: Tensor,
+    near: Tensor,
+    seen: Tensor,
+    kinds: Tensor,
+    moments: mass.Keys,
+    flagged: Tensor,
+    threshold: Tensor,
+    sub_block: int,
+    score: Score,
+    scale: float,
+    bits: int,
+    budget: int,
+) -> tuple[Tensor, Tensor]:
+    """`_hits_in_levels` under a score_mod: masses are logarithms, compared as they are."""
+    grid, blocks = tile.grid, kinds.shape[1]
+    rows = len(tile.last) // blocks
+    weights = torch.full((*tile.shift.shape, grid.key_blocks), -torch.inf, device=key.device)
+    sees = seen.unflatten(1, (len(tile.last), -1)).any(2)
+    weights[..., near] = _exact(tile, key, sees, keys_of(near, grid.block_k), score, scale)
+    far = (kinds == WHOLE).flatten(0, 1).any(0).nonzero()[:, 0]
+    coded = _coded(tile, moments, far, sub_block, score, scale, bits)
+    of_row = kinds[..., far].repeat_interleave(rows, 1)
+    weights[..., far] = torch.where(of_row == WHOLE, coded, weights[..., far])
+    weights.masked_fill_((tile.last < 0)[:, None], -torch.inf)
+    return _decide(
+        weights.unflatten(1, (blocks, rows)),
+        (tile.code_scale.isfinite() | (tile.last < 0)).unflatten(1, (blocks, rows)),
+        (kinds == PARTIAL) | (kinds == WHOLE),
+        flagged,
+        threshold,
+        budget,
+    )
+
+
+def _logits(tile: _Rows, key: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Exact logits ``[G, R, N]`` of rows and keys; those behind the last key are the last one's."""
+    return (tile.rows @ key[keys.long().clamp_max(tile.grid.kv_len - 1)].float().T) * scale
+
+
+def _exact(tile: _Rows, key: Tensor, seen: Tensor, keys: Tensor, score: Score, scale: float) -> Tensor:
     """Log-sum-exp of rows over the keys of blocks that they see, ``[G, R, J]``; -inf where there is none."""
-    of_keys = key[keys.long().clamp_max(tile.grid.kv_len - 1)].float()
-    logits = (tile.rows @ of_keys.T) * scale
+    logits = _logits(tile, key, keys, scale)
     logits = scored(score, logits, tile.b, tile.heads, tile.last, keys, tile.grid)
     logits = logits.masked_fill(~(seen & logits.isfinite()), -torch.inf)
     return logits.unflatten(-1, (len(keys) // tile.grid.block_k, tile.grid.block_k)).logsumexp(-1)
 
 
 def _coded(
-    tile: _Rows,
-    mean_codes: Tensor,
-    mean_scale: Tensor,
-    variances: tuple[Tensor, Tensor] | None,
-    blocks: Tensor,
-    sub_block: int,
-    score: Score | None,
-    scale: float,
-    bits: int,
+    tile: _Rows, moments: mass.Keys, blocks: Tensor, sub_block: int, score: Score, scale: float, bits: int
 ) -> Tensor:
     """Log-sum-exp of rows over blocks of which they see all keys, from moments or keys, ``[G, R, J]``.
 
@@ -171,13 +297,15 @@ def _coded(
         return (codes @ of_keys[of_subs].float().T) * factor
 
     width = rotation_width(tile.codes.shape[-1]) if sub_block == 1 else 1
-    logits = product(tile.codes, mean_codes, tile.code_scale * (scale / width), mean_scale) + tile.shift[..., None]
+    logits = product(tile.codes, moments.mean_codes, tile.code_scale * (scale / width), moments.mean_scale)
+    logits = logits + tile.shift[..., None]
     middle = (of_subs * sub_block + sub_block // 2).int()
     logits = scored(score, logits, tile.b, tile.heads, tile.last, middle, tile.grid)
     logits = torch.where(logits.isfinite(), logits, -torch.inf)
-    if variances is not None:
+    if moments.var_codes is not None and moments.var_scale is not None:
         unit = (1 if bits == 4 else 128) * (scale * scale / 2)
-        spread = product(tile.squares, variances[0], tile.code_scale * tile.code_scale * unit, variances[1])
+        of_row = tile.code_scale * tile.code_scale * unit
+        spread = product(tile.squares, moments.var_codes, of_row, moments.var_scale)
         # An infinite factor times 0 is NaN, and fmin takes the bound.
         logits = logits + torch.fmin(spread, torch.tensor(2.0 * (sub_block - 1)))
     return (logits + math.log(sub_block)).unflatten(-1, (len(blocks), subs)).logsumexp(-1)

@@ -168,6 +168,12 @@ def block_sums(
         scale: Softmax scale.
         bits: 4 or 8.
     """
+    logits, finite = coded_logits(pooled, keys, sub_block, scale, bits)
+    return sums_of_logits(logits, exact, sub_block), finite
+
+
+def coded_logits(pooled: Tensor, keys: Keys, sub_block: int, scale: float, bits: int) -> tuple[Tensor, Tensor]:
+    """Base-2 logits of sub-blocks in fixed point: int32 ``[G, N, R, J, subs]``, and which rows are finite."""
     dim = pooled.shape[3]
     top, square_top, var_top = (7, 49, 15) if bits == 4 else (127, 126, 127)
     unit = LOG2E * 2.0**FRACTION
@@ -183,11 +189,22 @@ def block_sums(
         factor = row_scale * row_scale * (1 if bits == 4 else 128) * _float32(scale * scale / 2 * unit)
         spread = _terms(squares, keys.var_codes, factor, keys.var_scale, dim * square_top * var_top, bits)
         logits += spread.clamp_max_(round(2 * (sub_block - 1) * LOG2E * 2**FRACTION))
-    bias = (_float32(127 - CENTER + math.log2(sub_block)) - exact) * 2**FRACTION
+    return logits, finite
+
+
+def sums_of_logits(logits: Tensor, unit: Tensor, sub_block: int) -> Tensor:
+    """Sums over blocks in units of ``2 ** unit``, float32 ``[G, N, R, J]``; the logits are written over.
+
+    Args:
+        logits: From `coded_logits`.
+        unit: float32 ``[G, N, R]``.
+        sub_block: Keys a sub-block.
+    """
+    bias = (_float32(127 - CENTER + math.log2(sub_block)) - unit) * 2**FRACTION
     logits += bias.clamp(-(2**29), 2**29).round().int()[..., None, None]
     # The bits of a float32: 1 + f for 2 ** f.
     values = (logits.clamp_(0, (127 + 100) << FRACTION) << 23 - FRACTION).view(torch.float32)
-    return values.sum(-1), finite
+    return values.sum(-1)
 
 
 def _terms(codes: Tensor, of_keys: Tensor, row_factor: Tensor, key_scale: Tensor, largest: int, bits: int) -> Tensor:
@@ -212,21 +229,28 @@ def _terms(codes: Tensor, of_keys: Tensor, row_factor: Tensor, key_scale: Tensor
 
 
 def decide(
-    sums: Tensor, finite: Tensor, candidate: Tensor, flagged: Tensor, threshold: Tensor, budget: int
+    sums: Tensor,
+    finite: Tensor,
+    candidate: Tensor,
+    flagged: Tensor,
+    threshold: Tensor,
+    budget: int,
+    exact: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Hits, bool ``[G, N, J]``, and how many more passed the threshold than the budget takes, int32 ``[G, N]``.
 
     Args:
         sums: float32 ``[G, N, R, J]``.
         finite: bool ``[G, N, R]``.
-        candidate: bool ``[N, R, J]``.
+        candidate: bool ``[N, R, J]`` or ``[G, N, R, J]``.
         flagged: bool ``[J]``: blocks that are hit anyhow, and do not count.
         threshold: float32 ``[G, 1, 1]``.
         budget: Most hits of a query block.
+        exact: What rows see elsewhere, in the units of the sums: a number, or float32 ``[G, N, R]``.
     """
     base = threshold.clamp_max(1.0)
     of_sum = _levels(sums, base[..., None])
-    of_cut = _levels(base * (1 + sums.sum(-1)), base)
+    of_cut = _levels(base * (exact + sums.sum(-1)), base)
     never = (threshold >= 1).expand_as(of_cut)
     at_least = torch.where(finite & (threshold > 0), of_cut.masked_fill(never, LEVELS), 0)
 

@@ -165,7 +165,7 @@ def exact_part(
 
     Keys whose logit is not finite count as absent; -inf where there is none.
     """
-    logits = _pooled_logits(pooled, key.to(dtype) - mean.to(dtype)[:, :, None], scale)
+    logits = pooled_logits(pooled, key.to(dtype) - mean.to(dtype)[:, :, None], scale)
     seen = _pooled_visible(pooled, bounds, key.shape[2])
     estimated = candidate.repeat_interleave(block_k, -1)[..., : key.shape[2]]
     return logits.masked_fill(~(seen & ~estimated & logits.isfinite()), -torch.inf).logsumexp(-1)
@@ -178,7 +178,7 @@ def exact_masses(
     block_q, block_k = options.block_size
     scale = query.shape[3] ** -0.5 if scale is None else scale
     pooled = pool_rows(query, bounds, block_q, options.pool, options.sample)
-    logits = _pooled_logits(pooled, key.double(), scale)
+    logits = pooled_logits(pooled, key.double(), scale)
     seen = _pooled_visible(pooled, bounds, key.shape[2])
     weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0.0)
     weights = torch.nn.functional.pad(weights, (0, -key.shape[2] % block_k))
@@ -221,7 +221,8 @@ def row_masses(
     if quantised:
         if moments is None:
             moments = quantize_moments(key, mean, bounds, block_k, options.sub_block, options.bits)
-        values = coded_values(pooled, moments, log_exact, block_k, options.sub_block, scale, options.bits).to(dtype)
+        coded = coded_logits(pooled, moments, block_k, options.sub_block, scale, options.bits)
+        values = exponentials(coded, log_exact * LOG2E, options.sub_block).to(dtype)
     else:
         mu, var = key_moments(key, mean, bounds, block_k, options.sub_block, dtype)
         values = (moment_logits(pooled, mu, var, options.sub_block, scale) - log_exact[..., None]).exp()
@@ -239,17 +240,11 @@ def moment_logits(pooled: PooledRows, mu: Tensor, var: Tensor, sub_block: int, s
     """
     heads, dtype = pooled.rows.shape[1], mu.dtype
     spread = pooled.rows.to(dtype).square() @ repeat_heads(var, heads).transpose(-1, -2) * (scale * scale / 2)
-    return math.log(sub_block) + _pooled_logits(pooled, mu, scale) + spread.clamp_max(2.0 * (sub_block - 1))
+    return math.log(sub_block) + pooled_logits(pooled, mu, scale) + spread.clamp_max(2.0 * (sub_block - 1))
 
 
-def coded_values(
-    pooled: PooledRows, moments: Moments, log_exact: Tensor, block_k: int, sub_block: int, scale: float, bits: int
-) -> Tensor:
-    """`moment_logits` in fixed point from the codes, and their exponentials: float32 ``[B, Hq, np, nk * n_sub]``.
-
-    An exponential is a float32 made of its logarithm's bits: 1 + f stands for 2 ** f. It counts in units of ``L_r``, up
-    to 2 ** 100. `log_exact` is ``ln L_r``.
-    """
+def coded_logits(pooled: PooledRows, moments: Moments, block_k: int, sub_block: int, scale: float, bits: int) -> Tensor:
+    """`moment_logits` from the codes and without ``ln g``, in 2 ** -16 octaves: int64 ``[B, Hq, np, nk * n_sub]``."""
     heads, dim = pooled.rows.shape[1], pooled.rows.shape[3]
     top, square_top, var_top = (7, 49, 15) if bits == 4 else (127, 126, 127)
     unit = LOG2E * 2.0**FRACTION
@@ -278,7 +273,20 @@ def coded_values(
         factor = row_scale * row_scale * (1 if bits == 4 else 128) * _float32(scale * scale / 2 * unit)
         spread = terms(squares, moments.var_codes, factor, moments.var_scale, dim * square_top * var_top)
         logits = logits + spread.clamp_max(round(2 * (sub_block - 1) * LOG2E * 2**FRACTION))
-    bias = _float32(127 - CENTER + math.log2(sub_block)) - log_exact * LOG2E
+    return logits
+
+
+def exponentials(logits: Tensor, log_unit: Tensor, sub_block: int) -> Tensor:
+    """What sub-blocks of such logits weigh, float32 ``[B, Hq, np, N]``: ``g * 2 ** logit``, up to 2 ** 100 units.
+
+    An exponential is a float32 made of its logarithm's bits: 1 + f stands for 2 ** f.
+
+    Args:
+        logits: From `coded_logits`.
+        log_unit: Base-2 logarithm of each row's unit, ``[B, Hq, np]``.
+        sub_block: Keys a sub-block, g.
+    """
+    bias = _float32(127 - CENTER + math.log2(sub_block)) - log_unit
     logits = logits + (bias * 2**FRACTION).clamp(-(2**29), 2**29).round().long()[..., None]
     return (logits.clamp(0, (127 + 100) << FRACTION) << 23 - FRACTION).int().view(torch.float32)
 
@@ -402,7 +410,7 @@ def _level_margin(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a.floor() >= b.floor(), holds, -torch.minimum(*moves))
 
 
-def _pooled_logits(pooled: PooledRows, key: Tensor, scale: float) -> Tensor:
+def pooled_logits(pooled: PooledRows, key: Tensor, scale: float) -> Tensor:
     """``scale * row . key`` in the key's dtype, ``[B, Hq, np, N]``."""
     return pooled.rows.to(key.dtype) @ repeat_heads(key, pooled.rows.shape[1]).transpose(-1, -2) * scale
 

@@ -27,8 +27,19 @@ from sale_flex.reference.common import (
     rotate,
     rotation_width,
 )
-from sale_flex.reference.mass import MassOptions, mass_options, pool_rows
-from sale_flex.reference.moments import quantize_moments
+from sale_flex.reference.mass import (
+    FRACTION,
+    LOG2E,
+    MassOptions,
+    RowMasses,
+    coded_logits,
+    decide,
+    exponentials,
+    mass_options,
+    pool_rows,
+    pooled_logits,
+)
+from sale_flex.reference.moments import Moments, quantize_moments
 from sale_flex.reference.relative import quantize_groups
 
 Mod = Callable[..., Tensor]
@@ -38,6 +49,9 @@ STEP = math.log(2) / 8
 
 FLOOR = -100 * math.log(2)
 """Where the cut of threshold 0 is, below the total, when a budget starts to raise it, in nats."""
+
+ABSENT = -1e38
+"""The logit of a key whose own is not finite, in an exact part: it counts for nothing there, but the row sees a key."""
 
 
 class Call(NamedTuple):
@@ -341,8 +355,83 @@ def relative_choice(call: Call, config: Any) -> Choice:
 def mass_choice(call: Call, config: Any, budget: int | None) -> Choice:
     """The candidates that take at least the threshold of some pooled row's softmax.
 
-    Blocks with a key that is not finite are hit in any case, and do not count for the budget.
+    Blocks with a key that is not finite are hit in any case, and do not count for the budget. Without a score_mod
+    masses and decisions are those of plain causal calls.
     """
+    if call.score_mod is not None:
+        return _modified_mass_choice(call, config, budget)
+    options = mass_options(config)
+    block_q, block_k = options.block_size
+    heads = call.query.shape[1]
+    moments = quantize_moments(call.key, call.mean, call.bounds, block_k, options.sub_block, options.bits)
+    # A block that padding on the left cuts is no sink where there are none. It is kept, and of the exact part.
+    cut = torch.arange(call.full.shape[3], device=call.key.device) * block_k < call.bounds[:, 1, None]  # [B, nk]
+    unasked = call.candidate & (repeat_heads(moments.nonfinite, heads)[:, :, None] | cut[:, None, None])
+    masses = row_masses(call._replace(candidate=call.candidate & ~cut[:, None, None]), options, moments)
+    threshold = torch.as_tensor(config.rule.threshold, dtype=torch.float32, device=call.key.device).expand(heads)
+    hit, margin, dropped, _ = decide(masses, threshold[:, None], unasked, block_q // options.pool, budget)
+    return Choice(hit | unasked, margin.masked_fill(unasked, torch.inf), dropped)
+
+
+def row_masses(call: Call, options: MassOptions, moments: Moments) -> RowMasses:
+    """How pooled rows spread their softmax where there is no score_mod, as `sale_flex.reference.mass.row_masses`.
+
+    A candidate whose keys are valid and seen by all rows that are no padding is weighed from codes, others exactly. A
+    row counts in units of what it sees in always-kept blocks, of which `total` holds one. Where it sees nothing there
+    is none, and it counts in halves of the larger of two: its largest sub-block, and all that it sees in candidates
+    that are weighed exactly. A total is above 1 so, as it is everywhere else.
+
+    Args:
+        call: What the rule decides on.
+        options: Sizes and widths.
+        moments: Codes of the keys.
+    """
+    query, bounds, scale, dtype = call.query, call.bounds, call.scale, call.dtype
+    (block_q, block_k), size = options.block_size, options.sub_block
+    rows, blocks, kv_len = block_q // options.pool, call.full.shape[3], call.key.shape[2]
+    pooled = pool_rows(query, bounds, block_q, options.pool, options.sample)
+    exists = (pooled.position >= 0)[:, None, :, None]
+    sees = torch.nn.functional.pad(call.seen, (0, 0, 0, -query.shape[2] % block_q))
+    sees = sees.unflatten(2, (-1, options.pool)).any(3)  # what one of a pool's rows sees
+    from_codes = call.candidate & _whole(call, block_q, block_k)
+    candidate, whole = (x.repeat_interleave(rows, 2) & exists for x in (call.candidate, from_codes))
+    in_candidate = candidate.repeat_interleave(block_k, 3)[..., :kv_len]
+
+    smoothed = call.key.to(dtype) - call.mean.to(dtype)[:, :, None]
+    logits = pooled_logits(pooled, smoothed, scale)
+    finite = logits.isfinite()
+    log_exact = logits.masked_fill(~finite, ABSENT).masked_fill(~sees | in_candidate, -torch.inf).logsumexp(-1) * LOG2E
+    in_partial = (candidate & ~whole).repeat_interleave(block_k, 3)[..., :kv_len]
+    logits = logits.masked_fill(~(sees & finite & in_partial), -torch.inf)
+    logits = torch.nn.functional.pad(logits, (0, blocks * block_k - kv_len), value=-torch.inf)
+    partial = logits.unflatten(-1, (blocks, block_k)).logsumexp(-1) * LOG2E
+
+    coded = coded_logits(pooled, moments, block_k, size, scale, options.bits)
+    of_subs = whole.repeat_interleave(block_k // size, 3)
+    largest = coded.masked_fill(~of_subs, -(2**62)).amax(-1).to(dtype) / 2**FRACTION + math.log2(size)
+    largest = torch.maximum(largest.masked_fill(~whole.any(-1), -torch.inf), logits.logsumexp(-1) * LOG2E)
+    own = log_exact > -torch.inf
+    unit = torch.where(own, log_exact, torch.where(largest > -torch.inf, largest - 1, 0.0))
+    values = exponentials(coded, unit, size).to(dtype).unflatten(-1, (blocks, -1)).sum(-1)
+    exact = (partial - unit[..., None]).clamp_max(100).exp2()
+    sums = torch.where(whole, values, exact).masked_fill(~candidate, 0.0)
+    total = own + sums.sum(-1)
+    finite_row = pooled.rows.isfinite().all(-1)
+    # A row that sees nothing asks for nothing, if it is finite.
+    return RowMasses(sums, total, candidate & ((total > 0) | ~finite_row)[..., None], finite_row)
+
+
+def _whole(call: Call, block_q: int, block_k: int) -> Tensor:
+    """Blocks with valid keys alone that all rows see, rows of padding aside, bool ``[B, Hq, nq, nk]``."""
+    at = torch.arange(call.query.shape[2], device=call.bounds.device) + call.bounds[:, :1]
+    real = (at >= call.bounds[:, 1:2]) & (at < call.bounds[:, 2:])  # [B, Sq]
+    first = torch.arange(call.full.shape[3], device=call.bounds.device) * block_k
+    valid = (first >= call.bounds[:, 1:2]) & (first + block_k <= call.bounds[:, 2:])  # [B, nk]
+    return valid[:, None, None] & ~block_any(real[:, None, :, None] & ~call.seen, block_q, block_k)
+
+
+def _modified_mass_choice(call: Call, config: Any, budget: int | None) -> Choice:
+    """`mass_choice` under a score_mod: masses are logarithms, compared as they are."""
     query, key, bounds, dtype = call.query, call.key, call.bounds, call.dtype
     options = mass_options(config)
     block_q, block_k = options.block_size
@@ -375,7 +464,7 @@ def mass_choice(call: Call, config: Any, budget: int | None) -> Choice:
 
 
 def row_weights(call: Call, options: MassOptions) -> RowWeights:
-    """How pooled rows spread their softmax: whole candidates, all keys seen and valid, from codes, others exactly."""
+    """How pooled rows spread their softmax under a score_mod: from codes what is full and valid, exactly the rest."""
     query, key, bounds, scale, dtype = call.query, call.key, call.bounds, call.scale, call.dtype
     heads, q_len, kv_len = query.shape[1], query.shape[2], key.shape[2]
     block_q, block_k = options.block_size

@@ -88,6 +88,10 @@ class Rule:
         """In a word or two, for a summary."""
         return self.name
 
+    def remark(self, call: "Call") -> str:
+        """What it does in this call otherwise than its options say, for `SaleStats.reason`; nothing for most."""
+        return ""
+
     def options(self) -> dict[str, Any]:
         """All fields but the threshold, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "threshold"}

@@ -168,6 +168,12 @@ class Mass(Rule):
         rows = f"every {self.pool}th row" if self.pool_mode == "last" else f"means of {self.pool} rows"
         return f"{self.name} of {keys}, {rows}, {self.bits} bits"
 
+    def remark(self, call: "Call") -> str:
+        """Whether single keys take the place of sub-blocks."""
+        if self._sub_block(call) == self.sub_block:
+            return ""
+        return "every key is estimated by itself, as the score_mod wants it"
+
     def _sub_block(self, call: "Call") -> int:
         """Keys that are estimated together: one under a score_mod for which no other key can stand."""
         return 1 if call.masked is not None and call.masked.needs_scan else self.sub_block

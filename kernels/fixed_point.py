@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Base-2 logarithms in fixed point, and the levels that masses are compared in (docs/semantics.md, "The mass rule").
+
+Jit helpers that `mass` and `listed_mass` share: what they decide has to be the same to the bit.
+"""
+
+import triton
+import triton.language as tl
+
+FRACTION = 16
+"""Bits after the point of the fixed-point logarithms."""
+
+CENTER = 0.0430
+"""Half of what log2(1 + f) exceeds f by at most, f in [0, 1]: it centres the error of a linear mantissa."""
+
+HIGHEST = (127 + 100) << FRACTION
+"""Where logarithms saturate: at 2**100 times the exact part. An argument of kernels, not a constant of theirs: with a
+constant the compiler makes two instructions of a clamp that the GPU has as one."""
+
+
+@triton.jit
+def round_even(x):
+    """Nearest int32 of a float32 below 2**22 in magnitude, ties to even."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def clamped_fixed_point(x, LIMIT: tl.constexpr):
+    """Nearest int32 of a float32, ties to even, held within -LIMIT and LIMIT: from 2**23 on floats are integers."""
+    x = tl.minimum(tl.maximum(x, -1.0 * LIMIT), 1.0 * LIMIT)
+    size = tl.abs(x)
+    size = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size).to(tl.int32)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def level(total, base):
+    """Eighths of an octave of a sum above the float whose bits are `base`, rounded down, 0 to 127."""
+    return tl.minimum(tl.maximum((total.to(tl.int32, bitcast=True) - base) >> 20, 0), 127)
+
+
+@triton.jit
+def by_part(x, SIZE: tl.constexpr):
+    """Columns [M, N] as ``[M, N / (4 SIZE), 4, SIZE]``, a part to a thread.
+
+    The order of the columns is that of a matrix instruction's accumulator: 8 neighbours lie in 4 threads, 2 each.
+    """
+    M: tl.constexpr = x.shape[0]
+    SETS: tl.constexpr = x.shape[1] // (4 * SIZE)
+    if SIZE > 1:
+        x = tl.permute(tl.reshape(x, [M, SETS, SIZE // 2, 4, 2]), (0, 1, 3, 2, 4))
+    return tl.reshape(x, [M, SETS, 4, SIZE])
+
+
+@triton.jit
+def fixed_factor(row_factor, scale, LIMIT: tl.constexpr, WIDE: tl.constexpr):
+    """Row factor [M] times block scale, of at most LIMIT, in fixed point: ``[M, *scale.shape]``, and so the other two.
+
+    Returns an integer; by how many bits products are shifted right before they meet it; and half of what that loses.
+    Products of 8-bit codes (WIDE) are shifted by 4 to 8 bits: the factor has then 11 bits or more where it is not tiny,
+    and product and factor fit an int32 together.
+    """
+    if len(scale.shape) == 2:
+        factor = row_factor[:, None, None] * scale[None, :, :]
+    else:
+        factor = row_factor[:, None] * scale[None, :]
+    factor = tl.minimum(factor, LIMIT * 1.0)
+    shift = tl.zeros_like(factor).to(tl.int32)
+    half = shift
+    if WIDE:
+        shift = tl.minimum(tl.maximum(138 - (factor.to(tl.int32, bitcast=True) >> 23), 4), 8)
+        factor *= (1 << shift).to(tl.float32)
+    whole = round_even(factor)
+    if WIDE:
+        half = whole >> 1
+    return whole, shift, half
