@@ -24,8 +24,8 @@ from transformers.utils import logging
 import sale_flex
 import sale_flex.integrations.transformers as sale_hf
 from sale_flex import Calibration, SaleConfig
+from sale_flex._console.provenance import provenance
 from sale_flex.bench.model import text_files
-from sale_flex.bench.provenance import provenance
 
 UNCALIBRATED = {"mass": (0.01, 0.02), "relative": (0.008, 0.032)}
 PLACEMENTS = ("end", "scattered")

@@ -30,8 +30,8 @@ from transformers.utils import logging
 
 import sale_flex.integrations.transformers as sale_hf
 from sale_flex import Mass, SaleConfig
+from sale_flex._console.provenance import provenance
 from sale_flex.bench.model import text_files
-from sale_flex.bench.provenance import provenance
 
 LLAMA_8B = {
     "hidden_size": 4096,

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from sale_flex import Mass, SaleConfig, create_sale_block_mask, mods
+from sale_flex._console.provenance import provenance
 from sale_flex.bench.generator import generate
-from sale_flex.bench.provenance import provenance
 from sale_flex.bench.timing import interleave
-from sale_flex.call import check_arguments, settle
-from sale_flex.stages import choose, lay_out
+from sale_flex.call.facts import check_arguments, settle
+from sale_flex.call.stages import choose, lay_out
+from sale_flex.call.user_mods import UserMods
 from sale_flex.testing import block_map
-from sale_flex.user_mods import UserMods
 
 Options = dict[str, Any]
 

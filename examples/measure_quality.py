@@ -61,10 +61,10 @@ from quality_rules import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sale_flex import SaleConfig
+from sale_flex._console.provenance import provenance
 from sale_flex.bench.captured import Captured
 from sale_flex.bench.configs import MIN_LENGTH
 from sale_flex.bench.model import capture, text_files
-from sale_flex.bench.provenance import provenance
 
 CHECK_LENGTH = 8192  # the reference holds whole score matrices of a head
 THRESHOLDS = dict.fromkeys(("scan", "moments"), "0.01,0.02,0.04") | {"relative": "0.004,0.016,0.032"}

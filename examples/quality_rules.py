@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from sale_flex import Mass, SaleConfig
-from sale_flex.stored import stored_config
+from sale_flex._console.stored import stored_config
 
 BASES: dict[str, dict[str, Any]] = {
     "moments": {"rule": "mass", "pool_mode": "mean", "sub_block": 8, "bits": 4},

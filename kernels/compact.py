@@ -3,7 +3,7 @@
 
 Entry point: `build_lists`. A program takes one query block of one head, walks its key blocks in chunks, adds what is
 always kept, drops what no row sees, and appends the ascending indices to the partial or the full list. The arithmetic
-of positions is that of `sale_flex.geometry`, which the tests compare it with.
+of positions is that of `sale_flex.blocks.geometry`, which the tests compare it with.
 """
 
 import torch

@@ -8,18 +8,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
-from sale_flex.autocast import autocast_inputs, without_autocast
-from sale_flex.break_even import rows_of_dense_blocks
-from sale_flex.call import Arguments, check_arguments, make_bounds, settle, wants_grad
+from sale_flex.call.autocast import autocast_inputs, without_autocast
+from sale_flex.call.break_even import rows_of_dense_blocks
+from sale_flex.call.facts import Arguments, check_arguments, make_bounds, settle, wants_grad
+from sale_flex.call.stages import build
+from sale_flex.call.user_mods import UserMods
 from sale_flex.clock import mark
 from sale_flex.config import SaleConfig
-from sale_flex.flex import check_backward, run_flex
-from sale_flex.key_codes import KeyCodes
+from sale_flex.flex.run import check_backward, run_flex
+from sale_flex.flex.sinks import attend_rows, check_sinks, with_sinks
 from sale_flex.mods import MaskMod, ScoreMod
-from sale_flex.sinks import attend_rows, check_sinks, with_sinks
-from sale_flex.stages import build
+from sale_flex.selection.key_codes import KeyCodes
 from sale_flex.stats import SaleStats, dense_stats
-from sale_flex.user_mods import UserMods
 
 _DENSE_MASK_LIMIT = 2**22
 """Elements of an explicit mask that the dense shortcut may build per batch row; above, the block path runs."""
@@ -181,7 +181,7 @@ def _attend(
     # flex_attention may be computed densely under its mask_mod, which then has to know the kept blocks.
     lookup = by_rows
     if torch.compiler.is_compiling():
-        from sale_flex.compiler import inductor_is_tracing  # here: it imports torch._dynamo, and that Triton
+        from sale_flex.flex.compiler import inductor_is_tracing  # here: it imports torch._dynamo, and that Triton
 
         lookup = lookup or not inductor_is_tracing()
     # Whole blocks of the dense prefix are computed faster by SDPA where no padding is in the way. Not in a caller's

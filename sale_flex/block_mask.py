@@ -6,14 +6,14 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from sale_flex.autocast import autocast_inputs, without_autocast
-from sale_flex.call import check_arguments, settle, wants_grad
+from sale_flex.call.autocast import autocast_inputs, without_autocast
+from sale_flex.call.facts import check_arguments, settle, wants_grad
+from sale_flex.call.stages import build
+from sale_flex.call.user_mods import UserMods
 from sale_flex.config import SaleConfig
-from sale_flex.key_codes import KeyCodes
 from sale_flex.mods import MaskMod, ScoreMod
-from sale_flex.stages import build
+from sale_flex.selection.key_codes import KeyCodes
 from sale_flex.stats import SaleStats
-from sale_flex.user_mods import UserMods
 
 
 class MaskResult(NamedTuple):

@@ -8,15 +8,13 @@ package or a file that can not be read or written, 130 interrupted.
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import sale_flex
-from sale_flex.outputs import check_writable
+from sale_flex._console.outputs import check_writable
 
 _COMMANDS = {
     "info": ("sale_flex.info", "versions, device, and which path runs here and why"),
@@ -73,23 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def emit(payload: dict[str, Any], text: str, destination: str | None) -> None:
-    """Give a subcommand's result: the text, unless JSON takes its place.
-
-    Args:
-        payload: What goes into JSON.
-        text: The same for people.
-        destination: The value of ``--json``: None, ``-`` for JSON on standard output instead of the text, or a file to
-            write beside printing the text.
-    """
-    if destination == "-":
-        print(json.dumps(payload, indent=2))
-        return
-    if destination is not None:
-        Path(destination).write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
-    print(text)
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:

@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from sale_flex.rules import Mass, Rule, rule_named
-from sale_flex.rules.base import check_count, same_fields
+from sale_flex.selection.rules import Mass, Rule, rule_named
+from sale_flex.selection.rules.base import check_count, same_fields
 
 BLOCK_SIZES = ((64, 64), (64, 32), (128, 64), (128, 128))
 ON_MISS = ("report", "dense", "ignore")

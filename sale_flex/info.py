@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sale_flex.config import BLOCK_SIZES
-from sale_flex.flex import flex_kernel_options
+from sale_flex.flex.run import flex_kernel_options
 
 _PACKAGES = ("sale-flex", "torch", "triton", "transformers")
 
@@ -145,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print or write the report; always 0."""
     # Here and not above: the report itself is usable without the command line.
-    from sale_flex.cli import emit
+    from sale_flex._console.emit import emit
 
     info = collect_info()
     emit(asdict(info), _render(info), args.json)

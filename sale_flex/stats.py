@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sale_flex.bits import count_bits
-from sale_flex.geometry import Grid, visible_count
+from sale_flex.blocks.bits import count_bits
+from sale_flex.blocks.geometry import Grid, visible_count
 
 
 class Path(Enum):

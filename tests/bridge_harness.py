@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sale_flex.bridge import describe, program, require_supported
+from sale_flex.mods.compiler import describe, program, require_supported
 
 triton = pytest.importorskip("triton", reason="mods become Triton functions, and triton is not installed")
 tl = pytest.importorskip("triton.language")

@@ -4,7 +4,7 @@
 from dataclasses import fields, replace
 
 from sale_flex import SaleConfig
-from sale_flex.rules import rule_named
+from sale_flex.selection.rules import rule_named
 
 
 def as_rule(config: SaleConfig, name: str) -> SaleConfig:

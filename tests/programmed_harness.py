@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from sale_flex import reference
-from sale_flex.bits import pack_bits
-from sale_flex.fallback import structure as structure_torch
+from sale_flex.blocks.bits import pack_bits
+from sale_flex.ops.fallback import structure as structure_torch
 
 
 @triton.jit

@@ -11,18 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sale_flex import (
-    AuxRequest,
-    Mass,
-    SaleConfig,
-    create_sale_block_mask,
-    listed_ops,
-    reference,
-    sale_attention,
-)
-from sale_flex.audit import WANTED
-from sale_flex.bits import pack_bits
-from sale_flex.mask_spec import MaskSpec, Mod
+from sale_flex import AuxRequest, Mass, SaleConfig, create_sale_block_mask, reference, sale_attention
+from sale_flex.blocks.bits import pack_bits
+from sale_flex.blocks.mask_spec import MaskSpec, Mod
+from sale_flex.call.audit import WANTED
+from sale_flex.ops import listed as listed_ops
 from sale_flex.testing import Shape, block_map, gamma, structured_inputs
 from sale_flex.testing.programs import PROGRAMS
 from sale_flex.testing.strategies import shapes

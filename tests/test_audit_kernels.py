@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sale_flex import Mass, SaleConfig, create_sale_block_mask
-from sale_flex.audit import WANTED
-from sale_flex.bits import pack_bits
-from sale_flex.fallback import audit as audit_torch
+from sale_flex.blocks.bits import pack_bits
+from sale_flex.call.audit import WANTED
+from sale_flex.ops.fallback import audit as audit_torch
 from sale_flex.testing import Shape, gamma, structured_inputs
 from sale_flex.testing.programs import PROGRAMS
 

@@ -8,8 +8,8 @@ import torch
 
 import sale_flex
 from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex.call.validation import HEAD_DIMS
 from sale_flex.config import BLOCK_SIZES
-from sale_flex.validation import HEAD_DIMS
 
 
 def tensors(**changes) -> dict:

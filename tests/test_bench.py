@@ -12,12 +12,12 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 import sale_flex.attention
+from sale_flex._console.progress import Bar
 from sale_flex.bench import configs, measure, results, run, stages, timing
 from sale_flex.bench.baselines import causal_block_mask
 from sale_flex.bench.check import errors, kept_keys, sampled_rows
 from sale_flex.bench.inputs import Inputs, Synthetic
 from sale_flex.bench.plan import find_device
-from sale_flex.bench.progress import Bar
 from sale_flex.bench.threshold import count_kept
 from sale_flex.cli import main
 from sale_flex.config import SaleConfig

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sale_flex import Mass, SaleConfig, create_sale_block_mask
-from sale_flex.break_even import FAMILIES, KEPT_KEYS, LEAST, MOST, Costs, _solve, break_even_length, dense_prefix
+from sale_flex.call.break_even import FAMILIES, KEPT_KEYS, LEAST, MOST, Costs, _solve, break_even_length, dense_prefix
 from sale_flex.testing import Shape, any_in_block, block_map, causal_mask, structured_inputs
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sale_flex.bridge import conjunction, describe, facts, program, require_supported
+from sale_flex.mods.compiler import conjunction, describe, facts, program, require_supported
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from bridge_harness import DEVICE, EPS, MARKS, apply_mod, assert_same, in_graph, in_torch, in_triton, scores

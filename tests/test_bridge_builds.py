@@ -91,7 +91,7 @@ def build_all(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sale_flex.bridge import describe, program, require_supported
+    from sale_flex.mods.compiler import describe, program, require_supported
 
     for name, mod in MODS.items():
         kind = name.split()[0]

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from sale_flex.bridge import cache, describe, program
+from sale_flex.mods.compiler import cache, describe, program
 
 pytest.importorskip("triton", reason="generated source is for triton, which is not installed")
 
@@ -101,7 +101,7 @@ def spy(event, args):
         reads.append(path)
 
 import torch, triton
-from sale_flex.bridge import describe, program
+from sale_flex.mods.compiler import describe, program
 key = describe(lambda b, h, q, kv: q * 3 > kv + 17, "mask").key
 sys.addaudithook(spy)
 function = program(key).triton

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, or_masks
 
-from sale_flex.bridge import describe, identity, program, recognise
+from sale_flex.mods.compiler import describe, identity, program, recognise
 
 WINDOW = 4
 DOCUMENTS = torch.arange(20) // 5

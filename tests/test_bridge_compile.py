@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 
-from sale_flex.bridge import conjunction, describe, facts, program, require_supported
+from sale_flex.mods.compiler import conjunction, describe, facts, program, require_supported
 
 WINDOW = 4
 DOCUMENTS = torch.arange(20) // 5

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sale_flex.bridge.lowering import LOWERINGS
-from sale_flex.bridge.table import TABLE
-from sale_flex.bridge.trace import trace
+from sale_flex.mods.compiler.lowering import LOWERINGS
+from sale_flex.mods.compiler.table import TABLE
+from sale_flex.mods.compiler.trace import trace
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from bridge_harness import DEVICE, EPS, HAS_GPU, MARKS, TANH, assert_same, in_graph, in_torch, in_triton

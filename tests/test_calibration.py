@@ -24,11 +24,11 @@ from transformers import (
 
 import sale_flex.integrations.transformers as sale_hf
 from sale_flex import Calibration, Mass, SaleConfig, calibrate
-from sale_flex.break_even import break_even_length
 from sale_flex.calibration import evaluate, work
 from sale_flex.calibration import model as running
 from sale_flex.calibration.meter import Silent, TimedLines, make_meter
 from sale_flex.calibration.texts import as_texts
+from sale_flex.call.break_even import break_even_length
 from sale_flex.demo.model import PACKAGED
 from sale_flex.demo.prompt import held_out_texts
 

@@ -12,7 +12,7 @@ import sale_flex
 from sale_flex import AuxRequest, Calibration, Mass, SaleConfig
 from sale_flex.calibration import Evaluation, Text
 from sale_flex.calibration.goal import Goal
-from sale_flex.call import EVERY_ROW
+from sale_flex.call.facts import EVERY_ROW
 
 
 def evaluation(layers: int = 3, heads: int = 4, seed: int = 0) -> Evaluation:

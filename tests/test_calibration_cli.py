@@ -13,12 +13,12 @@ import torch
 from matplotlib.image import imread
 
 from sale_flex import Calibration, Mass, Relative, SaleConfig
+from sale_flex._console.stored import stored_config
 from sale_flex.calibration.artefact import CONFIG
 from sale_flex.calibration.command import read_texts
 from sale_flex.cli import main
 from sale_flex.demo.model import PACKAGED
 from sale_flex.demo.prompt import HELD_OUT, standard_library
-from sale_flex.stored import stored_config
 
 OPTIONS = ["--min-length", "64", "--target", "0.2", "--device", "cpu"]
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sale_flex import Calibration, Mass, SaleConfig
+from sale_flex._console.stored import stored_config
 from sale_flex.calibration import Evaluation, Text
 from sale_flex.calibration.goal import Goal
 from sale_flex.calibration.record import RECORD, Record
-from sale_flex.stored import stored_config
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from damage_harness import complaint, damages, named, places, replaced

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sale_flex import SaleConfig
-from sale_flex.bits import unpack_bits
-from sale_flex.call import check_arguments, settle
-from sale_flex.fallback import mass
-from sale_flex.index_lists import Room
-from sale_flex.rules.ladder import LADDER, scores_of, steps_reached
-from sale_flex.rules.mass_scores import _eighths, _mass_limits
+from sale_flex.blocks.bits import unpack_bits
+from sale_flex.call.facts import check_arguments, settle
+from sale_flex.call.index_lists import Room
+from sale_flex.call.user_mods import UserMods
+from sale_flex.ops.fallback import mass
+from sale_flex.selection.rules.ladder import LADDER, scores_of, steps_reached
+from sale_flex.selection.rules.mass_scores import _eighths, _mass_limits
 from sale_flex.testing import Shape, structured_inputs
 from sale_flex.testing.strategies import calls, seeds
-from sale_flex.user_mods import UserMods
 
 STEPS = (0.0, *LADDER)
 

@@ -14,7 +14,7 @@ import sale_flex
 from sale_flex import SaleConfig, mods
 from sale_flex.calibration.goal import Goal
 from sale_flex.calibration.search import Call, find_thresholds
-from sale_flex.rules.ladder import LADDER
+from sale_flex.selection.rules.ladder import LADDER
 from sale_flex.testing import Shape, structured_inputs
 
 sys.path.append(str(Path(__file__).resolve().parent))

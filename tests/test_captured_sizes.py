@@ -11,9 +11,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask
 
-from sale_flex import Mass, SaleConfig, flex, sale_attention
-from sale_flex.bridge import describe, program, sized
-from sale_flex.bridge.sized import mod_tables
+from sale_flex import Mass, SaleConfig, sale_attention
+from sale_flex.flex import run as flex
+from sale_flex.mods.compiler import describe, program, sized
+from sale_flex.mods.compiler.sized import mod_tables
 from sale_flex.testing import assert_attention_close
 
 CONFIG = SaleConfig()

@@ -55,7 +55,7 @@ def test_info_tells_the_path_that_runs(device, monkeypatch):
     query = torch.randn(1, 2, 256, 32, device=device)
     path = info._scan_path(info._device() if device == "cuda" else CPU, "3")
     ran = []
-    module = import_module({"torch": "sale_flex.fallback.mass", "triton": "sale_flex.kernels.mass"}[path.runs])
+    module = import_module({"torch": "sale_flex.ops.fallback.mass", "triton": "sale_flex.kernels.mass"}[path.runs])
     scan = module.mass_hits
     monkeypatch.setattr(module, "mass_hits", lambda *args: (ran.append(path.runs), scan(*args))[1])
     sale_flex.create_sale_block_mask(query, query)

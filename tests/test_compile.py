@@ -11,7 +11,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import flex_attention
 
-from sale_flex import AuxRequest, Mass, Path, Relative, SaleConfig, create_sale_block_mask, flex, sale_attention
+from sale_flex import AuxRequest, Mass, Path, Relative, SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex.flex import run as flex
 from sale_flex.testing import (
     Inputs,
     Shape,

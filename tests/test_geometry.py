@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sale_flex.blocks.geometry import Grid, always_blocks, full_blocks, visible_blocks, visible_count
 from sale_flex.config import BLOCK_SIZES
-from sale_flex.geometry import Grid, always_blocks, full_blocks, visible_blocks, visible_count
 from sale_flex.reference import make_bounds
 from sale_flex.testing import Shape, any_in_block, causal_mask
 from sale_flex.testing.strategies import shapes

@@ -16,135 +16,42 @@ import sale_flex
 ROOT = Path(__file__).resolve().parents[1]
 
 ARROWS: dict[str, set[str]] = {
-    "attention": {
-        "autocast",
-        "break_even",
-        "call",
-        "clock",
-        "compiler",
-        "config",
-        "flex",
-        "key_codes",
-        "mods",
-        "sinks",
-        "stages",
-        "stats",
-        "user_mods",
-    },
-    "audit": {"call", "listed_ops", "mask_spec", "stats"},
-    "autocast": set(),
-    "bench": {
-        "",
-        "attention",
-        "autocast",
-        "block_mask",
-        "break_even",
-        "call",
-        "cli",
-        "config",
-        "flex",
-        "ops",
-        "outputs",
-        "rules",
-        "stages",
-        "stats",
-        "stored",
-        "testing",
-        "user_mods",
-    },
-    "bits": set(),
-    "block_mask": {"autocast", "call", "config", "key_codes", "mods", "stages", "stats", "user_mods"},
-    "bounds": set(),
-    "break_even": set(),
-    "bridge": {"isolation"},
+    "_console": {"", "config", "selection"},
+    "attention": {"call", "clock", "config", "flex", "mods", "selection", "stats"},
+    "bench": {"_console", "attention", "block_mask", "call", "config", "flex", "ops", "selection", "stats", "testing"},
+    "block_mask": {"call", "config", "mods", "selection", "stats"},
+    "blocks": set(),
     "calibration": {
         "",
+        "_console",
         "attention",
         "bench",
-        "bits",
-        "break_even",
+        "blocks",
         "call",
-        "cli",
         "config",
         "flex",
         "integrations",
-        "mask_spec",
         "ops",
-        "outputs",
-        "rules",
-        "stages",
+        "selection",
         "stats",
-        "stored",
-        "user_mods",
     },
-    "call": {
-        "bits",
-        "break_even",
-        "config",
-        "geometry",
-        "index_lists",
-        "key_codes",
-        "mask_spec",
-        "mods",
-        "ops",
-        "rules",
-        "user_mods",
-        "validation",
-    },
-    "cli": {"", "outputs"},
+    "call": {"blocks", "config", "mods", "mods.compiler", "ops", "selection", "stats"},
+    "cli": {"", "_console"},
     "clock": set(),
-    "compiler": set(),
-    "config": {"rules"},
-    "demo": {"", "cli", "outputs", "stored", "testing"},
-    "fallback": {"bits", "geometry", "packing"},
-    "flex": {"bridge", "isolation", "mods", "ops", "programs"},
-    "geometry": set(),
-    "index_lists": {"config", "geometry"},
-    "info": {"cli", "config", "flex"},
-    "integrations": {
-        "attention",
-        "autocast",
-        "call",
-        "clock",
-        "config",
-        "key_codes",
-        "mods",
-        "ops",
-        "rules",
-        "stats",
-        "validation",
-    },
-    "isolation": set(),
+    "config": {"selection"},
+    "demo": {"", "_console", "testing"},
+    "flex": {"blocks", "call", "mods", "mods.compiler", "ops"},
+    "info": {"_console", "config", "flex"},
+    "integrations": {"attention", "call", "clock", "config", "mods", "ops", "selection", "stats"},
     "kernels": set(),
-    "key_codes": {"packing"},
-    "listed_ops": {"bits", "bridge", "geometry", "ops"},
-    "mask_mods": {"mods", "ops"},
-    "mask_spec": set(),
     "mods": set(),
-    "ops": {"bounds"},
-    "outputs": set(),
-    "packing": set(),
-    "programs": {"autocast", "isolation"},
+    "mods.compiler": set(),
+    "ops": {"blocks", "mods.compiler"},
+    "ops.fallback": {"blocks"},
     "reference": set(),
-    "rules": {"bits", "fallback", "geometry", "key_codes", "listed_ops", "mask_spec", "ops"},
-    "sinks": {"call", "listed_ops", "mask_spec", "user_mods"},
-    "stages": {
-        "audit",
-        "call",
-        "index_lists",
-        "listed_ops",
-        "mask_mods",
-        "mask_spec",
-        "mods",
-        "ops",
-        "rules",
-        "stats",
-    },
-    "stats": {"bits", "geometry"},
-    "stored": {"config", "rules"},
-    "testing": {"config", "mods", "reference", "rules"},
-    "user_mods": {"bridge", "config", "listed_ops", "mask_spec", "mods"},
-    "validation": {"config"},
+    "selection": {"blocks", "ops", "ops.fallback"},
+    "stats": {"blocks"},
+    "testing": {"config", "mods", "reference", "selection"},
 }
 """Module (or folder) of sale_flex -> the others it may import, at any depth of its code; "" is the package itself.
 
@@ -152,22 +59,32 @@ What is imported under ``if TYPE_CHECKING:`` are types alone and no arrows: rule
 holds a config with a rule. Nor is what is loaded by name when it is asked for: subcommands of `cli`, kernels of `ops`.
 """
 
+PARTS = ("mods.compiler", "ops.fallback")
+"""Folders inside others with arrows of their own."""
+
 FOREIGN = {
     "bench": {"matplotlib", "rich", "safetensors", "torch", "transformers"},
-    "bridge": {"torch", "triton"},
     "calibration": {"huggingface_hub", "matplotlib", "rich", "safetensors", "torch", "transformers"},
     "demo": {"matplotlib", "rich", "safetensors", "tokenizers", "torch", "transformers"},
     "integrations": {"torch", "transformers"},
     "kernels": {"torch", "triton"},
+    "_console": {"rich", "torch", "transformers"},
+    "mods.compiler": {"torch", "triton"},
     "testing": {"hypothesis", "torch"},
 }
 """Module -> what it may import beside the standard library; torch alone if not listed."""
 
 
+def owner_of(name: str) -> str:
+    """The part of sale_flex that a dotted name inside it belongs to."""
+    part = next((part for part in PARTS if f"{name}.".startswith(f"{part}.")), None)
+    return part or name.partition(".")[0]
+
+
 def sources() -> Iterator[tuple[str, Path]]:
     """Every source file with its owner's name in `ARROWS`."""
     for path in sorted((ROOT / "sale_flex").rglob("*.py")):
-        yield path.relative_to(ROOT / "sale_flex").parts[0].removesuffix(".py"), path
+        yield owner_of(".".join(path.relative_to(ROOT / "sale_flex").with_suffix("").parts)), path
     for path in sorted((ROOT / "kernels").rglob("*.py")):
         yield "kernels", path
 
@@ -256,7 +173,7 @@ def test_imports_follow_the_arrows(owner, path):
         elif top == "sale_flex":
             if owner in ("__init__", "__main__"):
                 continue
-            target = rest.partition(".")[0]
+            target = owner_of(rest)
             target = target if target in ARROWS else ""
             assert target in ARROWS[owner] | {owner}, f"{owner} must not import {name}"
         elif top not in sys.stdlib_module_names:

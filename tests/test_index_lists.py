@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask
-from sale_flex.geometry import Grid
-from sale_flex.index_lists import LIST_BYTES, QUERY_SHARE, Room, plain_room
+from sale_flex.blocks.geometry import Grid
+from sale_flex.call.index_lists import LIST_BYTES, QUERY_SHARE, Room, plain_room
 from sale_flex.testing import Shape, block_map, structured_inputs
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sale_flex import SaleConfig, create_sale_block_mask, reference
-from sale_flex.bits import pack_bits, unpack_bits
+from sale_flex.blocks.bits import pack_bits, unpack_bits
 from sale_flex.testing import Shape, block_map, structured_inputs
 
 RECORD = Path(__file__).resolve().parent / "data" / "kept_blocks.pt"

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sale_flex import AuxRequest, KeyCodes, mods, ops, pack_int4, sale_attention, unpack_int4
-from sale_flex.call import check_arguments, settle
+from sale_flex.call.facts import check_arguments, settle
+from sale_flex.call.user_mods import UserMods
 from sale_flex.testing import Inputs, Shape, structured_inputs
 from sale_flex.testing.strategies import configs, seeds
-from sale_flex.user_mods import UserMods
 
 sys.path.append(str(Path(__file__).resolve().parent))
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sale_flex import AuxRequest, Mass, Relative, SaleConfig, create_sale_block_mask, listed_ops, sale_attention
+from sale_flex import AuxRequest, Mass, Relative, SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex.ops import listed as listed_ops
 from sale_flex.testing import Shape, structured_inputs
 from sale_flex.testing.programs import PROGRAMS
 

@@ -6,10 +6,10 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from sale_flex import Relative, SaleConfig, create_sale_block_mask, sale_attention
-from sale_flex.bits import unpack_bits
-from sale_flex.fallback import lookup as fallback
+from sale_flex.blocks.bits import unpack_bits
+from sale_flex.call.mask_mods import kept_block
 from sale_flex.kernels import lookup
-from sale_flex.mask_mods import kept_block
+from sale_flex.ops.fallback import lookup as fallback
 from sale_flex.testing import Shape, structured_inputs
 
 CONFIG = SaleConfig(Relative(0.3, bits=8), min_length=64, local_tokens=64, smooth_tokens=128)

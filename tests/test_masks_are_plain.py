@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sale_flex import Mass, SaleConfig, create_sale_block_mask, reference
-from sale_flex.bits import unpack_bits
-from sale_flex.fallback import moments, structure
-from sale_flex.fallback.listed_pool import listed_pool
-from sale_flex.geometry import Grid
-from sale_flex.index_lists import masked_room, plain_room
+from sale_flex.blocks.bits import unpack_bits
+from sale_flex.blocks.geometry import Grid
+from sale_flex.call.index_lists import masked_room, plain_room
 from sale_flex.mods import causal, sliding_window
+from sale_flex.ops.fallback import moments, structure
+from sale_flex.ops.fallback.listed_pool import listed_pool
 from sale_flex.testing import Inputs, Shape, block_map, mass_error_bound, plant_needle, structured_inputs
 from sale_flex.testing.strategies import configs, seeds, shapes
 

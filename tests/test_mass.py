@@ -11,9 +11,9 @@ from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
 
 from sale_flex import Mass, SaleConfig, reference
-from sale_flex.bits import unpack_bits
+from sale_flex.blocks.bits import unpack_bits
 from sale_flex.config import BLOCK_SIZES
-from sale_flex.fallback import mass, moments
+from sale_flex.ops.fallback import mass, moments
 from sale_flex.testing import Shape, gamma, mass_error_bound, random_inputs, structured_inputs, unit_roundoff
 from sale_flex.testing.strategies import HEAD_DIMS, configs, seeds, shapes
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sale_flex import Mass, SaleConfig, reference
-from sale_flex.bits import unpack_bits
-from sale_flex.fallback import mass, moments
+from sale_flex.blocks.bits import unpack_bits
+from sale_flex.ops.fallback import mass, moments
 from sale_flex.testing import (
     Inputs,
     Shape,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sale_flex.integrations.transformers as sale_hf
-from sale_flex.bridge import recognise
+from sale_flex.mods.compiler import recognise
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from models_harness import BY_NAME, assert_close, build, shared, tokens

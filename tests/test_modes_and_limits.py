@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sale_flex import Relative, SaleConfig, create_sale_block_mask, flex, sale_attention
+from sale_flex import Relative, SaleConfig, create_sale_block_mask, sale_attention
+from sale_flex.flex import run as flex
 from sale_flex.testing import Inputs, Shape, block_map, structured_inputs
 
 CONFIG = SaleConfig(Relative(0.3, bits=8), min_length=0, local_tokens=24, smooth_tokens=64)

@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from sale_flex import Relative, SaleConfig, create_sale_block_mask, listed_ops, mods, ops
+from sale_flex import Relative, SaleConfig, create_sale_block_mask, mods, ops
+from sale_flex.ops import listed as listed_ops
 from sale_flex.testing import Shape, block_map, structured_inputs
 
 OPS = [

@@ -22,13 +22,13 @@ from sale_flex import (
     register_rule,
     sale_attention,
 )
+from sale_flex._console.stored import sale_config, stored_config
 from sale_flex.bench.inputs import Inputs
 from sale_flex.bench.stages import WHOLE, Stages
 from sale_flex.bench.threshold import find_threshold
 from sale_flex.calibration.goal import Goal
 from sale_flex.calibration.search import Call, find_thresholds
-from sale_flex.rules import base, rule_named, rule_names
-from sale_flex.stored import sale_config, stored_config
+from sale_flex.selection.rules import base, rule_named, rule_names
 from sale_flex.testing import (
     Shape,
     assert_attention_close,

@@ -21,10 +21,10 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 tl = pytest.importorskip("triton.language")
 
+from sale_flex.call.validation import HEAD_DIMS  # noqa: E402
 from sale_flex.config import BLOCK_SIZES  # noqa: E402
 from sale_flex.kernels import listed_compact, listed_mass, listed_pool, listed_relative, structure  # noqa: E402
-from sale_flex.rules.mass import POOLS, SUB_BLOCKS  # noqa: E402
-from sale_flex.validation import HEAD_DIMS  # noqa: E402
+from sale_flex.selection.rules.mass import POOLS, SUB_BLOCKS  # noqa: E402
 
 
 @triton.jit

@@ -10,7 +10,8 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import flex_attention
 
-from sale_flex import Mass, SaleConfig, create_sale_block_mask, flex, mods, reference, sale_attention
+from sale_flex import Mass, SaleConfig, create_sale_block_mask, mods, reference, sale_attention
+from sale_flex.flex import run as flex
 from sale_flex.testing import Inputs, Shape, block_map, dense_attention, expand_blocks, structured_inputs
 from sale_flex.testing.programs import PROGRAMS
 

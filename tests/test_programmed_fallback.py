@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from sale_flex import Mass, Relative, SaleConfig, reference
-from sale_flex.bits import pack_bits, unpack_bits
-from sale_flex.fallback import structure
-from sale_flex.fallback.key_mean import key_mean
-from sale_flex.fallback.listed_mass import STEP, listed_mass
-from sale_flex.fallback.listed_pool import listed_pool
-from sale_flex.fallback.listed_relative import listed_limits, listed_scan
-from sale_flex.fallback.listed_rows import listed_rows
-from sale_flex.fallback.moments import quantize_moments
-from sale_flex.fallback.quantize import quantize_groups, quantize_rows
-from sale_flex.fallback.structure import block_lists, block_structure
+from sale_flex.blocks.bits import pack_bits, unpack_bits
+from sale_flex.ops.fallback import structure
+from sale_flex.ops.fallback.key_mean import key_mean
+from sale_flex.ops.fallback.listed_mass import STEP, listed_mass
+from sale_flex.ops.fallback.listed_pool import listed_pool
+from sale_flex.ops.fallback.listed_relative import listed_limits, listed_scan
+from sale_flex.ops.fallback.listed_rows import listed_rows
+from sale_flex.ops.fallback.moments import quantize_moments
+from sale_flex.ops.fallback.quantize import quantize_groups, quantize_rows
+from sale_flex.ops.fallback.structure import block_lists, block_structure
 from sale_flex.reference.programmed import Call, row_masses
 from sale_flex.testing import Shape, structured_inputs
 from sale_flex.testing.block_maps import decode_list

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sale_flex import reference
-from sale_flex.bits import pack_bits
-from sale_flex.fallback.listed_compact import listed_compact
-from sale_flex.fallback.listed_rows import listed_rows
+from sale_flex.blocks.bits import pack_bits
+from sale_flex.ops.fallback.listed_compact import listed_compact
+from sale_flex.ops.fallback.listed_rows import listed_rows
 from sale_flex.testing import Shape, random_inputs
 from sale_flex.testing.block_maps import decode_list
 from sale_flex.testing.strategies import block_maps

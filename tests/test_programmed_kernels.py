@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sale_flex import bridge
-from sale_flex.bits import pack_bits, unpack_bits
-from sale_flex.fallback import listed_compact as compact_torch
-from sale_flex.fallback import listed_mass as mass_torch
-from sale_flex.fallback import listed_pool as pool_torch
-from sale_flex.fallback import listed_relative as relative_torch
-from sale_flex.fallback import moments, quantize
-from sale_flex.fallback import structure as structure_torch
+from sale_flex.blocks.bits import pack_bits, unpack_bits
+from sale_flex.mods import compiler as bridge
+from sale_flex.ops.fallback import listed_compact as compact_torch
+from sale_flex.ops.fallback import listed_mass as mass_torch
+from sale_flex.ops.fallback import listed_pool as pool_torch
+from sale_flex.ops.fallback import listed_relative as relative_torch
+from sale_flex.ops.fallback import moments, quantize
+from sale_flex.ops.fallback import structure as structure_torch
 from sale_flex.testing import gamma
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")

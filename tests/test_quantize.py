@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import sale_flex
 from sale_flex import reference
-from sale_flex.fallback import key_mean as fallback_mean
-from sale_flex.fallback import quantize as fallback
+from sale_flex.ops.fallback import key_mean as fallback_mean
+from sale_flex.ops.fallback import quantize as fallback
 from sale_flex.testing import Shape, code_error_bound, random_inputs
 from sale_flex.testing.strategies import HEAD_DIMS, seeds, shapes
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from sale_flex import reference
-from sale_flex.fallback.moments import quantize_moments
-from sale_flex.fallback.rotation import rotated, rotation_width
+from sale_flex.ops.fallback.moments import quantize_moments
+from sale_flex.ops.fallback.rotation import rotated, rotation_width
 from sale_flex.testing import moment_error_bound
 
 DIMS = (32, 64, 72, 80, 96, 128, 192, 256)

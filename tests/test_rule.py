@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sale_flex import Relative, SaleConfig, reference
-from sale_flex.bits import pack_bits, unpack_bits
+from sale_flex.blocks.bits import pack_bits, unpack_bits
+from sale_flex.blocks.geometry import Grid, always_blocks, early_blocks, full_blocks, visible_blocks
 from sale_flex.config import BLOCK_SIZES
-from sale_flex.fallback import compact, quantize, row_limits, scan
-from sale_flex.geometry import Grid, always_blocks, early_blocks, full_blocks, visible_blocks
+from sale_flex.ops.fallback import compact, quantize, row_limits, scan
 from sale_flex.testing import (
     Shape,
     any_in_block,

@@ -11,8 +11,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from sale_flex import Mass, Path, Relative, SaleConfig, create_sale_block_mask, ops, reference
-from sale_flex.geometry import Grid
-from sale_flex.index_lists import plain_room
+from sale_flex.blocks.geometry import Grid
+from sale_flex.call.index_lists import plain_room
 from sale_flex.testing import (
     Shape,
     any_in_block,

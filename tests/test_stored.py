@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sale_flex import Mass, Relative, SaleConfig
-from sale_flex.stored import (
+from sale_flex._console.stored import (
     above_zero,
     by_name,
     check,

@@ -11,6 +11,8 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask, reference
+from sale_flex.call.validation import HEAD_DIMS as SUPPORTED_HEAD_DIMS
+from sale_flex.call.validation import check_inputs
 from sale_flex.testing import (
     Inputs,
     Shape,
@@ -43,8 +45,6 @@ from sale_flex.testing.strategies import (
     shapes,
     thresholds,
 )
-from sale_flex.validation import HEAD_DIMS as SUPPORTED_HEAD_DIMS
-from sale_flex.validation import check_inputs
 
 uncompiled = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 

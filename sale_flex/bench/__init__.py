@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
+from sale_flex._console.outputs import check_writable
 from sale_flex.bench.baselines import BASELINES
 from sale_flex.bench.configs import NAMED
 from sale_flex.bench.plan import DTYPES, LENGTHS, SHAPE, make_plan
-from sale_flex.outputs import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +64,8 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.plot:
         from sale_flex.bench.plot import draw
+    from sale_flex._console.progress import make_progress
     from sale_flex.bench.check import WrongOutput
-    from sale_flex.bench.progress import make_progress
     from sale_flex.bench.results import Results
     from sale_flex.bench.run import run
 

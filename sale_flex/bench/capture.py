@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from sale_flex._console.outputs import check_writable
 from sale_flex.bench.plan import DTYPES, find_device, parse_list
-from sale_flex.outputs import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +38,9 @@ def main(args: argparse.Namespace) -> int:
     """
     import torch
 
+    from sale_flex._console.emit import emit
     from sale_flex.bench.captured import write_captured
     from sale_flex.bench.model import capture, check_bytes, check_layers, find, load, read_tokens, text_files
-    from sale_flex.cli import emit
 
     try:
         # What is cheap to look at comes first, the model's weights last.

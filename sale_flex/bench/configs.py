@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sale_flex._console.stored import check, read_json, sale_config, shown
 from sale_flex.config import SaleConfig
-from sale_flex.rules import Mass, Relative
-from sale_flex.stored import check, read_json, sale_config, shown
+from sale_flex.selection.rules import Mass, Relative
 
 MIN_LENGTH = 1024
 """`SaleConfig.min_length` of the named ones, in tokens: the sparse path is what is timed, below the break-even too."""

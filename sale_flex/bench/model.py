@@ -18,8 +18,8 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sale_flex.autocast import autocast_inputs
 from sale_flex.bench.captured import Captured
+from sale_flex.call.autocast import autocast_inputs
 
 NAME = "sale_flex_capture"
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")

@@ -8,13 +8,13 @@ from typing import TypeVar
 
 import torch
 
+from sale_flex._console.provenance import provenance
+from sale_flex._console.stored import stored_config
 from sale_flex.bench.baselines import BASELINES
 from sale_flex.bench.configs import parse_configs
 from sale_flex.bench.inputs import FromFile, Synthetic
-from sale_flex.bench.provenance import provenance
 from sale_flex.bench.results import Row
 from sale_flex.config import BLOCK_SIZES, SaleConfig
-from sale_flex.stored import stored_config
 
 T = TypeVar("T")
 

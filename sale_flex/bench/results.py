@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sale_flex.bench.stages import WHOLE
-from sale_flex.stored import (
+from sale_flex._console.stored import (
     Rule,
     above_zero,
     anything,
@@ -25,6 +24,7 @@ from sale_flex.stored import (
     shown,
     text,
 )
+from sale_flex.bench.stages import WHOLE
 
 Row = dict[str, Any]
 """One candidate of one setting: what was asked for, what came of it, and where (`provenance`)."""

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import torch
 
+from sale_flex._console.progress import Lines
 from sale_flex.bench.inputs import Inputs
 from sale_flex.bench.measure import Candidate, measure, measure_baselines, rows_without
 from sale_flex.bench.plan import Plan
-from sale_flex.bench.progress import Lines
 from sale_flex.bench.results import Results, Row, setting_key
 from sale_flex.bench.table import describe, render
 

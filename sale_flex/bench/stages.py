@@ -11,12 +11,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from sale_flex import ops
 from sale_flex.attention import dense_sdpa, sale_attention
 from sale_flex.bench.inputs import Inputs
-from sale_flex.break_even import rows_of_dense_blocks
-from sale_flex.call import check_arguments, settle
+from sale_flex.call.break_even import rows_of_dense_blocks
+from sale_flex.call.facts import check_arguments, settle
+from sale_flex.call.stages import Choice, Listed, build, list_blocks
+from sale_flex.call.user_mods import UserMods
 from sale_flex.config import SaleConfig
-from sale_flex.flex import run_flex
-from sale_flex.stages import Choice, Listed, build, list_blocks
-from sale_flex.user_mods import UserMods
+from sale_flex.flex.run import run_flex
 
 STAGES = ("codes", "estimate", "compact", "flex", "early rows")
 """What `sale_attention` is made of, in order. Early rows are dense."""

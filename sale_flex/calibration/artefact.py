@@ -11,14 +11,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from sale_flex._console.stored import stored_config
 from sale_flex.calibration.evaluation import Evaluation
 from sale_flex.calibration.files import CONFIG, FORMAT, TENSORS, write_json
 from sale_flex.calibration.goal import Goal
 from sale_flex.calibration.reader import read_fields
 from sale_flex.calibration.weights import Weights, differing, fingerprint
-from sale_flex.call import EVERY_ROW
+from sale_flex.call.facts import EVERY_ROW
 from sale_flex.config import SaleConfig
-from sale_flex.stored import stored_config
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sale_flex._console.outputs import check_folder
 from sale_flex.bench.configs import NAMED, parse_config
 from sale_flex.bench.plan import DTYPES, find_device, parse_block_size, parse_list
 from sale_flex.calibration.goal import ERRORS, SEARCHES, Goal
 from sale_flex.calibration.record import check_free
 from sale_flex.config import BLOCK_SIZES
-from sale_flex.outputs import check_folder
 
 _SIZES = " or ".join(f"{rows},{keys}" for rows, keys in BLOCK_SIZES)
 
@@ -68,10 +68,10 @@ def main(args: argparse.Namespace) -> int:
     import safetensors  # noqa: F401 - before the work, not behind it
     import torch
 
+    from sale_flex._console.emit import emit
     from sale_flex.bench.model import find, load
     from sale_flex.calibration.run import calibrate
     from sale_flex.calibration.table import payload
-    from sale_flex.cli import emit
 
     try:
         # What is cheap to look at comes first, the model's weights last.

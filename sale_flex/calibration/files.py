@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sale_flex.stored import read_json
+from sale_flex._console.stored import read_json
 
 FORMAT = 2
 """Version of a calibration's files; readers refuse others."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sale_flex.rules.ladder import LADDER
+from sale_flex.selection.rules.ladder import LADDER
 
 ERRORS = ("relative", "absolute")
 SEARCHES = ("bisection", "halving")
@@ -45,7 +45,7 @@ class Goal:
     ``"absolute"``: summed over channels and averaged over tokens, as published (arXiv 2505.24179, section 3.3)."""
 
     search: str = "bisection"
-    """``"bisection"`` of `sale_flex.rules.ladder.LADDER`, or ``"halving"`` as published: from 0.008 until the
+    """``"bisection"`` of `sale_flex.selection.rules.ladder.LADDER`, or ``"halving"`` as published: from 0.008 until the
     error is within the target; a threshold of 1e-4 or less makes the head dense."""
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@
 import sys
 import time
 
-from sale_flex.bench.progress import Bar, Lines
+from sale_flex._console.progress import Bar, Lines
 
 
 class TimedLines(Lines):

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sale_flex.calibration.evaluation import Evaluation, Text
-from sale_flex.calibration.files import CONFIG, FORMAT, TENSORS, read_object
-from sale_flex.calibration.goal import ERRORS, SEARCHES, Goal
-from sale_flex.stored import (
+from sale_flex._console.stored import (
     Broken,
     above_zero,
     anything,
@@ -27,6 +24,9 @@ from sale_flex.stored import (
     shown,
     text,
 )
+from sale_flex.calibration.evaluation import Evaluation, Text
+from sale_flex.calibration.files import CONFIG, FORMAT, TENSORS, read_object
+from sale_flex.calibration.goal import ERRORS, SEARCHES, Goal
 
 
 def read_fields(folder: Path) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sale_flex.calibration.files import CONFIG, read_object, write_json
-from sale_flex.stored import (
+from sale_flex._console.stored import (
     Rule,
     anything,
     by_name,
@@ -19,6 +18,7 @@ from sale_flex.stored import (
     record,
     shown,
 )
+from sale_flex.calibration.files import CONFIG, read_object, write_json
 
 RECORD, TRANSFER_RECORD = "progress.json", "progress-transfer.json"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sale_flex.break_even import break_even_length
+from sale_flex._console.stored import stored_config
 from sale_flex.calibration.artefact import Calibration
 from sale_flex.calibration.evaluation import Evaluation
 from sale_flex.calibration.files import CONFIG
@@ -18,11 +18,11 @@ from sale_flex.calibration.record import RECORD, TRANSFER_RECORD, Record, check_
 from sale_flex.calibration.texts import Tokens, as_texts
 from sale_flex.calibration.weights import fingerprint
 from sale_flex.calibration.work import Work
+from sale_flex.call.break_even import break_even_length
 from sale_flex.config import SaleConfig
-from sale_flex.stored import stored_config
 
 if TYPE_CHECKING:
-    from sale_flex.bench.progress import Lines
+    from sale_flex._console.progress import Lines
 
 
 def calibrate(

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from sale_flex import ops
 from sale_flex.attention import AuxRequest, sale_attention
-from sale_flex.bits import pack_bits
+from sale_flex.blocks.bits import pack_bits
+from sale_flex.blocks.mask_spec import Structure
 from sale_flex.calibration.goal import Goal
-from sale_flex.call import EVERY_ROW, check_arguments, make_bounds, settle
-from sale_flex.call import Call as SettledCall
+from sale_flex.call.facts import EVERY_ROW, check_arguments, make_bounds, settle
+from sale_flex.call.facts import Call as SettledCall
+from sale_flex.call.stages import Choice, block_mask, list_blocks
+from sale_flex.call.user_mods import UserMods
 from sale_flex.config import SaleConfig
-from sale_flex.flex import run_flex
-from sale_flex.mask_spec import Structure
-from sale_flex.rules import Rule, Selection
-from sale_flex.stages import Choice, block_mask, list_blocks
+from sale_flex.flex.run import run_flex
+from sale_flex.selection.rules import Rule, Selection
 from sale_flex.stats import SaleStats
-from sale_flex.user_mods import UserMods
 
 Attend = Callable[[Tensor], Tensor]
 """From thresholds float32 ``[Hq]`` to the output ``[B, Hq, Sq, D]``."""
@@ -115,7 +115,7 @@ class Call:
 
         Args:
             by_scores: Whether to choose blocks by one pass's scores, where that can be, instead of a scan every time:
-                for thresholds of `sale_flex.rules.ladder.LADDER`.
+                for thresholds of `sale_flex.selection.rules.ladder.LADDER`.
         """
         mods = ("score_mod", "mask_mod", "block_mask", "sink_logits")
         plain = all(self._options.get(name) is None for name in mods) and self._options.get("is_causal", True)

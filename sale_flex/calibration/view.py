@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sale_flex.outputs import check_writable
+from sale_flex._console.outputs import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +30,9 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.plot:
         from sale_flex.calibration.plot import draw
+    from sale_flex._console.emit import emit
     from sale_flex.calibration.artefact import Calibration
     from sale_flex.calibration.table import payload, render
-    from sale_flex.cli import emit
 
     try:
         if args.plot:

@@ -18,7 +18,7 @@ from sale_flex.calibration.texts import Tokens
 from sale_flex.config import SaleConfig
 
 if TYPE_CHECKING:
-    from sale_flex.bench.progress import Lines
+    from sale_flex._console.progress import Lines
 
 
 class Work:

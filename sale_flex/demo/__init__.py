@@ -9,7 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from sale_flex.outputs import check_writable
+from sale_flex._console.outputs import check_writable
 
 DEFAULT_PICTURE = Path("sale-flex-demo.png")
 DEFAULT_TOKENS = 8192
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
 
         picture = args.plot or DEFAULT_PICTURE
         check_writable("--plot", picture)
-    from sale_flex.cli import emit
+    from sale_flex._console.emit import emit
     from sale_flex.demo.run import run
     from sale_flex.demo.table import render
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 import sale_flex
 from sale_flex import Mass, SaleConfig
+from sale_flex._console.stored import stored_config
 from sale_flex.demo.model import SwitchedAttention, load
 from sale_flex.demo.prompt import Prompt, Score, build_prompt, held_out_texts, score
-from sale_flex.stored import stored_config
 
 NOTES = 40
 MIN_LENGTH = 1024

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sale_flex.config import BLOCK_SIZES, SaleConfig
 from sale_flex.mods import MaskMod, ScoreMod
-from sale_flex.rules import Mass, Relative, Rule
-from sale_flex.rules.mass import POOL_MODES, POOLS, SUB_BLOCKS
+from sale_flex.selection.rules import Mass, Relative, Rule
+from sale_flex.selection.rules.mass import POOL_MODES, POOLS, SUB_BLOCKS
 from sale_flex.testing.inputs import Shape
 
 GROUPS = (1, 2, 3, 4, 5, 7, 8)

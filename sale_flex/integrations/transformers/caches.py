@@ -16,7 +16,7 @@ from transformers import Cache, EncoderDecoderCache
 
 from sale_flex.integrations.transformers.kept_codes import KeptCodes
 from sale_flex.integrations.transformers.masks import Looks
-from sale_flex.key_codes import KeyCodes
+from sale_flex.selection.key_codes import KeyCodes
 
 ARGUMENT = "sale_flex_caches"
 """Name under which an attention module hands its KV caches to the attention function, a tuple."""

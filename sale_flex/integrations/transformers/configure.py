@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sale_flex.call import EVERY_ROW
+from sale_flex.call.facts import EVERY_ROW
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.caches import hand_over_cache
 from sale_flex.integrations.transformers.layers import (

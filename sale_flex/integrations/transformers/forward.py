@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from sale_flex import mods
 from sale_flex.attention import AuxRequest, sale_attention
-from sale_flex.autocast import autocast_inputs, without_autocast
+from sale_flex.call.autocast import autocast_inputs, without_autocast
 from sale_flex.clock import running
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.caches import (
@@ -34,7 +34,7 @@ from sale_flex.integrations.transformers.layers import (
 )
 from sale_flex.integrations.transformers.masks import DENSE_QUERIES, ModelMask
 from sale_flex.integrations.transformers.refused import refuse
-from sale_flex.key_codes import KeyCodes
+from sale_flex.selection.key_codes import KeyCodes
 from sale_flex.stats import SaleStats
 
 _DEFAULT = SaleConfig()

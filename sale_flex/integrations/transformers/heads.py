@@ -4,7 +4,7 @@
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sale_flex.validation import HEAD_DIMS
+from sale_flex.call.validation import HEAD_DIMS
 
 
 def pad_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

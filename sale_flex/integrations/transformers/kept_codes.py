@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from sale_flex.key_codes import KeyCodes
+from sale_flex.selection.key_codes import KeyCodes
 
 Ranges = tuple[tuple[int, int], ...]
 """First and one-past-last valid position of every batch row."""

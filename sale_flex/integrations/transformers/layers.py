@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sale_flex.call import EVERY_ROW
+from sale_flex.call.facts import EVERY_ROW
 from sale_flex.clock import Clock
 from sale_flex.config import SaleConfig
 from sale_flex.integrations.transformers.refused import NAME

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from sale_flex.config import SaleConfig
-from sale_flex.rules import Mass
+from sale_flex.selection.rules import Mass
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The stages of a call, in order: structure, choice (codes, selection, audit), index lists, block mask.
+
+Each takes the call's settled facts and what the stage before returned. `sale_attention`, `create_sale_block_mask`, the
+benchmark and calibration run these and no others.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, and_masks, noop_mask
+
+from sale_flex import ops
+from sale_flex.blocks.mask_spec import BlockVisibility, CandidateBlocks, Structure
+from sale_flex.call.audit import audit
+from sale_flex.call.facts import Call
+from sale_flex.call.index_lists import IndexLists, split_lists
+from sale_flex.call.mask_mods import kept_block, valid, visible
+from sale_flex.mods import MaskMod
+from sale_flex.ops import listed as listed_ops
+from sale_flex.selection.rules import Selection
+from sale_flex.stats import Audit, Path, SaleStats, masked_stats, plain_stats
+
+
+class Choice(NamedTuple):
+    """Which blocks a call keeps besides those that it always keeps."""
+
+    selection: Selection
+    nonfinite: Tensor | None
+    """int32 ``[B, Hkv, ceil(nk / 32)]``: bits of blocks that are kept for their values."""
+    missed: Audit | None
+    """What audited rows said of it; None where nobody was asked."""
+
+
+class Listed(NamedTuple):
+    """Index lists, and what did not get into them."""
+
+    lists: IndexLists
+    overflow: Tensor | None
+    """int32 ``[B, Hq, nq]``: kept blocks that found no room, beyond what the rule gave up; None: none can be."""
+
+
+class Built(NamedTuple):
+    """A block mask, and what is known of it."""
+
+    block_mask: BlockMask
+    counts: Callable[[], SaleStats]
+    """Counts what it keeps, when called: the counts are worth launches only to those who ask."""
+    kept: Tensor
+    """int32 ``[B, Hq, nq, ceil(nk / 32)]``: kept bits; empty if not asked for."""
+
+
+@torch.no_grad()
+def build(call: Call) -> Built:
+    """All stages up to the block mask."""
+    structure = lay_out(call)
+    choice = choose(call, structure)
+    listed = list_blocks(call, structure, choice)
+    return Built(block_mask(call, listed.lists), _counts(call, structure, choice, listed), listed.lists.kept)
+
+
+def lay_out(call: Call) -> Structure | None:
+    """Which blocks the call's mods show, and which of them are candidates; None in plain causal attention.
+
+    There, candidates are a span of blocks that every stage knows how to reckon from `Call.bounds`.
+    """
+    if call.masked is None:
+        return None
+    spec, config = call.masked.spec, call.config
+    found = BlockVisibility(
+        *listed_ops.block_structure(
+            spec.bounds,
+            spec.causal,
+            spec.mask_key,
+            spec.mask_tensors,
+            *call.masked.range,
+            spec.listed,
+            spec.listed_q,
+            spec.listed_k,
+            call.masked.heads,
+            *call.grid,
+        )
+    )
+    if call.masked.ignored_mask:
+        # flex_attention has to evaluate a mask_mod that the estimate left out in every block.
+        found = found._replace(full=torch.zeros_like(found.full))
+    if call.dense is not None:
+        return Structure(found, None)
+    candidates = listed_ops.block_lists(
+        *found,
+        spec.bounds,
+        spec.causal,
+        *call.grid,
+        config.sink_tokens,
+        config.local_tokens,
+        call.dense_prefix,
+    )
+    return Structure(found, CandidateBlocks(*candidates))
+
+
+def choose(call: Call, structure: Structure | None) -> Choice:
+    """What the rule selects, and what audited rows say of it."""
+    nonfinite = None if call.value is None else ops.nonfinite_blocks(call.value, call.bounds, call.grid.block_k)
+    if call.dense is not None:
+        shape = (call.query.shape[0], call.query.shape[1], call.grid.query_blocks, call.grid.words)
+        none = call.bounds.new_zeros(1, 1, 1, 1).expand(shape)
+        return Choice(Selection(none), nonfinite, None)
+    selection = call.rule.select(call, call.rule.codes(call), structure)
+    if not call.audited:
+        return Choice(selection, nonfinite, None)
+    hits, missed = audit(call, selection.hits, nonfinite, structure)
+    return Choice(selection._replace(hits=hits), nonfinite, missed)
+
+
+def list_blocks(call: Call, structure: Structure | None, choice: Choice) -> Listed:
+    """Index lists of what was chosen and of what is always kept."""
+    room, grid, kv_heads = call.room, call.grid, call.key.shape[1]
+    hits = choice.selection.hits
+    if structure is None:
+        kept, partial_num, full_num, lists = ops.build_lists(
+            hits,
+            choice.nonfinite,
+            call.bounds,
+            kv_heads,
+            *grid,
+            call.config.sink_tokens,
+            call.config.local_tokens,
+            call.dense_prefix,
+            room.partial,
+            room.full,
+            call.lookup,
+            call.rows_apart > 0,
+        )
+        return Listed(split_lists(kept, partial_num, full_num, lists, room), None)
+    found, candidates = structure
+    always = found.visible if candidates is None else candidates.always
+    kept, partial_num, full_num, lists, overflow = listed_ops.listed_compact(
+        hits,
+        choice.nonfinite,
+        found.visible,
+        found.full,
+        always,
+        kv_heads,
+        room.partial,
+        room.full,
+        grid.key_blocks,
+        call.lookup,
+    )
+    return Listed(split_lists(kept, partial_num, full_num, lists, room), overflow)
+
+
+def block_mask(call: Call, lists: IndexLists) -> BlockMask:
+    """The BlockMask of index lists."""
+    return BlockMask.from_kv_blocks(
+        lists.partial_num,
+        lists.partial_idx,
+        lists.full_num,
+        lists.full_idx,
+        BLOCK_SIZE=call.config.block_size,
+        mask_mod=_mask_mod(call, lists.kept),
+        seq_lengths=(call.grid.q_len, call.grid.kv_len),
+        compute_q_blocks=call.backward,
+    )
+
+
+def _mask_mod(call: Call, kept: Tensor) -> MaskMod:
+    """The mask_mod of the call's block mask: the user's, positions, and where asked for the kept blocks."""
+    parts: list[MaskMod] = list(call.mods.masks)
+    if call.mods.is_causal:
+        parts.insert(0, visible(call.bounds))
+    elif not call.no_left_padding:
+        parts.insert(0, valid(call.bounds))
+    if call.masked is not None and call.masked.spec.listed is not None:
+        # Of a finer block mask, a kept block may hold blocks that it does not list.
+        spec = call.masked.spec
+        if spec.listed_q % call.grid.block_q or spec.listed_k % call.grid.block_k:
+            parts.insert(0, kept_block(call.masked.spec.listed, spec.listed_q, spec.listed_k))
+    if call.lookup:
+        parts.insert(0, kept_block(kept, *call.config.block_size))
+    return and_masks(*parts) if parts else noop_mask
+
+
+def _counts(call: Call, structure: Structure | None, choice: Choice, listed: Listed) -> Callable[[], SaleStats]:
+    # The counts outlive the block mask, whose lists are the largest thing there is: only their lengths are held.
+    numbers = listed.lists.partial_num, listed.lists.full_num
+    dropped, missed, overflow = choice.selection.dropped, choice.missed, listed.overflow
+    path = Path.FLEX if call.dense is None else Path.DENSE_FLEX
+    reason = call.rule.remark(call) if call.dense is None else call.dense
+    bounds, grid, rows_apart = call.bounds, call.grid, call.rows_apart
+    visible = None if structure is None else structure.visibility.visible
+
+    def count() -> SaleStats:
+        kept = (numbers[0] + numbers[1]).sum(-1)
+        if visible is None or overflow is None:
+            return plain_stats(kept, dropped, missed, bounds, grid, path, reason, rows_apart)
+        lost = overflow if dropped is None else overflow + dropped
+        return masked_stats(kept, lost, missed, visible, path, reason)
+
+    return count
