@@ -44,7 +44,7 @@ RULES = {
     "moments, 8 bits, sampled rows": FAST.with_options(pool=4, pool_mode="last", sub_block=16, bits=8),
     "moments of 4": FAST.with_options(sub_block=4, block_size=(64, 32)),
     "large blocks": DEFAULT.with_options(threshold=0.1, block_size=(128, 128)),
-    "wide query blocks": FAST.with_options(threshold=0.1, sub_block=64, block_size=(128, 64)),
+    "wide query blocks": FAST.with_options(threshold=0.04, sub_block=64, block_size=(128, 64)),
     "a threshold per head": DEFAULT.with_options(threshold=torch.tensor([0.0, 0.01, 0.2, 1.0])),
     "threshold 0": DEFAULT.with_options(threshold=0.0),
     "threshold 1": DEFAULT.with_options(threshold=1.0),
@@ -60,7 +60,7 @@ SHAPES = {
     "a last chunk, padded": replace(SQUARE, q_len=150, batch=2, kv_range=((70, 500), (0, 471))),
     "a short one": replace(SQUARE, q_len=40),
     "decoding": replace(SQUARE, q_len=20),
-    "rows before the keys": replace(SQUARE, q_len=530),
+    "the first rows": replace(SQUARE, q_len=300, q_offset=0),
 }
 
 
@@ -94,9 +94,8 @@ def test_a_causal_mask_keeps_the_blocks_of_a_causal_call(shape, rule):
     x = inputs_of(shape, 3)
     plain = kept(x, config, shape)
     assert_same(plain, kept(x, config, shape, mask_mod=causal(shape.offset), is_causal=False))
-    if shape == SQUARE and rule not in ("threshold 0", "threshold 1"):
-        seen = torch.ones(8, 8, dtype=torch.bool).tril().sum() if config.block_size == (64, 64) else None
-        assert seen is None or 0.1 < plain.sum() / (4 * seen) < 0.95
+    if shape is SQUARE and rule in ("scan", "scan of every row", "moments"):
+        assert 0.1 < plain.sum() / (shape.heads * 36) < 0.9  # of the blocks that are seen
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -120,11 +119,11 @@ def test_numbers_that_no_sum_survives(rule, special):
 @pytest.mark.parametrize("rule", ["scan", "moments"])
 def test_budgets(rule, threshold):
     # What is kept in any case is reckoned otherwise under a mask: the same budget is another `max_blocks`.
-    shape = SHAPES["padded"]
+    shape = Shape(900, 900, batch=2, heads=2, kv_heads=1, head_dim=32, kv_range=((0, 900), (37, 890)))
     x, config = inputs_of(shape, 5), RULES[rule].with_options(threshold=threshold)
     for budget in range(1, 4):
         most = [
-            next(n for n in range(3, 30) if _budget(room, x, config.with_options(max_blocks=n)) == budget)
+            next(n for n in range(3, 15) if _budget(room, x, config.with_options(max_blocks=n)) == budget)
             for room in (lambda *given: plain_room(*given, False), masked_room)
         ]
         plain, masked = (config.with_options(max_blocks=n) for n in most)
@@ -224,7 +223,7 @@ KERNEL_CASES = [
     ("moments, 8 bits, sampled rows", replace(SMALL, kv_range=((0, 311),), dtype=torch.float16)),
     ("moments of 4", SMALL),
     ("large blocks", replace(SMALL, q_len=600, kv_len=600)),
-    ("wide query blocks", replace(SMALL, kv_range=((10, 325),))),
+    ("wide query blocks", replace(SMALL, q_len=530, kv_len=530, kv_range=((10, 520),))),
     ("a threshold per head", replace(SMALL, heads=4, kv_heads=2)),
 ]
 

@@ -3,7 +3,7 @@
 
 No callable crosses the boundary of an op. A mod travels as the key of its program and the tensors that it captures, and
 where the op runs, the key finds the generated Triton function (CUDA) or the traced graph (elsewhere). ``""`` is no mod.
-What the results are is said in `sale_flex.sight`.
+What the results are is said in `sale_flex.blocks.mask_spec`.
 """
 
 from collections.abc import Sequence
