@@ -239,14 +239,14 @@ def test_the_same_of_the_kernels(rule, shape):
         assert_same(*kept_by_kernels(x, config, shape, window=270)[0])
 
 
-@pytest.mark.parametrize("budget", [0, 1, 2])
-@pytest.mark.parametrize("threshold", [0.0, 0.005])
-def test_budgets_of_the_kernels(budget, threshold):
+@pytest.mark.parametrize("budget", [0, 2])
+@pytest.mark.parametrize("rule", ["scan", "moments"])
+def test_budgets_of_the_kernels(rule, budget):
+    # Not threshold 0: the plain kernel raises its cut 127 times, and the interpreter takes minutes for it.
     shape = replace(SMALL, kv_range=((37, 310),))
-    for rule in ("scan", "moments"):
-        config = RULES[rule].with_options(threshold=threshold)
-        maps, _ = kept_by_kernels(inputs_of(shape, 5), config, shape, budget=budget)
-        assert_same(*maps)
+    config = RULES[rule].with_options(threshold=0.005)
+    maps, _ = kept_by_kernels(inputs_of(shape, 5), config, shape, budget=budget)
+    assert_same(*maps)
 
 
 @pytest.mark.parametrize("special", [torch.nan, 1e30])

@@ -37,7 +37,7 @@ def test_structure(options):
     s = make(**options)
     for key_range in (None, (window_range, (200,))) if s.mask == "window" else (None,):
         visible, full, rows = structure.block_structure(
-            s.bounds, s.causal, s.kernel_mask, key_range, s.listed_bits, s.listed_q, s.listed_k, s.structure_heads,
+            s.bounds, s.is_causal, s.kernel_mask, key_range, s.listed_bits, s.listed_q, s.listed_k, s.structure_heads,
             s.q_len, s.kv_len, *s.block,
         )  # fmt: skip
         assert torch.equal(visible, s.visible)
@@ -64,7 +64,7 @@ def test_lists(options, sink, local, min_length):
 
 def check_lists(s: SimpleNamespace) -> None:
     sizes = s.q_len, s.kv_len, *s.block, s.sink, s.local, s.min_length
-    always, counts, lists = structure.block_lists(s.visible, s.full, s.rows, s.bounds, s.causal, *sizes)
+    always, counts, lists = structure.block_lists(s.visible, s.full, s.rows, s.bounds, s.is_causal, *sizes)
     assert torch.equal(always, s.always)
     assert torch.equal(counts, s.counts)
     used = torch.arange(s.blocks) < counts.sum(-1, keepdim=True)

@@ -241,7 +241,9 @@ def selection_rule(*, threshold: bool, partial: bool) -> Rule:
             kind = rule_named(name)
         except ValueError as error:
             raise Broken(_within(field, str(error).rstrip("."))) from None
-        options = {each.name: _option for each in fields(kind) if threshold or each.name != "threshold"}
+        options: dict[str, Rule] = {each.name: _option for each in fields(kind) if each.name != "threshold"}
+        if threshold:
+            options = {"threshold": number("a float")} | options
         found = record(options | {"name": text}, of=f"rule {name!r}", partial=partial)(value, field)
         return _made(kind, {key: option for key, option in found.items() if key != "name"}, field)
 
