@@ -35,7 +35,11 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "demo/run.py": ("demo",),
 }
 """File, or function of one -> the commands whose messages it writes."""
-OTHERS = {"bench/provenance.py:git": "git", "integrations/transformers/__init__.py": "pip"}
+OTHERS = {
+    "_console/provenance.py:git": "git",
+    "_console/provenance.py:_commit": "git",
+    "integrations/transformers/__init__.py": "pip",
+}
 """The same -> another program whose flags it names."""
 
 
@@ -110,8 +114,6 @@ def test_messages_name_flags_that_there_are(name, function):
     commands = OWNERS.get(f"{name}:{function}", OWNERS.get(name))
     if commands and (name, function) in borrowed():
         commands = (*commands, "calibrate")
-    if commands is None and name == "bench/provenance.py":
-        return
     assert commands is not None, f"{name} names flags: whose are they?"
     for text in (text for *place, text in NAMED if place == [name, function]):
         of_another = re.search(r"sale-flex ([a-z]+)`? [^`;,]*--", text)

@@ -61,7 +61,7 @@ def test_a_calibration_beside_one_threshold(tmp_path, capsys):
         "128",
     ]
     arguments += ["--notes", "3", "--recalls", "2", "--sequences", "1", "--calibration-sequences", "1"]
-    arguments += ["--targets", "0.2", "--metrics", "mass", "--json", str(file)]
+    arguments += ["--targets", "0.2", "--rules", "mass", "--json", str(file)]
     assert importlib.import_module("measure_calibration").main(arguments) == 0
     rows = json.loads(file.read_text())["rows"]
     found = rows["mass, calibrated to 0.2"]

@@ -15,12 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sale_flex import Mass, SaleConfig, attention, create_sale_block_mask
+from sale_flex import Mass, Relative, SaleConfig, attention, create_sale_block_mask
 from sale_flex.bench.captured import Captured
 from sale_flex.demo.model import PACKAGED
 from sale_flex.testing import Shape, block_map, expand_blocks, plant_needle, random_inputs
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "examples")]
 import measure_quality
 import quality_model
 import quality_rules
@@ -57,19 +57,17 @@ def captured(seed: int, *strengths: float) -> Captured:
 
 
 def test_rules_as_they_are_written():
-    rules = parse_rules(
-        "relative:0.004:0.016, moments/query_pool=1/block_size=64x32:0.02,calibrated/bits=8:0.1", COMMON
-    )
+    rules = parse_rules("relative:0.004:0.016, moments/pool=1/block_size=64x32:0.02,calibrated/bits=8:0.1", COMMON)
     assert [rule.label for rule in rules] == [
         "relative:0.004",
         "relative:0.016",
-        "moments/query_pool=1/block_size=64x32:0.02",
+        "moments/pool=1/block_size=64x32:0.02",
         "calibrated/bits=8:0.1",
     ]
     assert rules[1].config == as_rule(COMMON, "relative").with_options(threshold=0.016, bits=4)
     fast = SaleConfig(Mass.fast(0.02), min_length=64, local_tokens=64)
     assert rules[2].config == fast.with_options(pool=1, block_size=(64, 32))
-    assert rules[3].config == as_rule(COMMON, "relative").with_options(bits=8)
+    assert rules[3].config == replace(COMMON, rule=Relative(bits=8))
     assert [rule.calibrated for rule in rules] == [False, False, False, True]
     late = parse_rules("calibrated:0.1,calibrated/start=0.1:0.1", COMMON)
     assert [rule.start for rule in late] == [0.008, 0.1]
@@ -84,9 +82,9 @@ def test_rules_as_they_are_written():
     [
         ("mean:0.1", "name must be one of moments, scan"),
         ("scan", "needs a threshold, such as scan:0.01"),
-        ("scan/pool=4:0.1", "option must be one of query_pool"),
-        ("scan/query_pool=x:0.1", "query_pool must be N"),
-        ("scan/query_pool=3:0.1", "query_pool must be one of"),
+        ("scan/query_pool=4:0.1", "option must be one of pool"),
+        ("scan/pool=x:0.1", "pool must be N"),
+        ("scan/pool=3:0.1", "pool must be one of"),
         ("scan/start=0.1:0.1", "option must be one of"),
         ("scan/block_size=64:0.1", "block_size must be"),
         ("scan:high", "could not convert"),
@@ -280,7 +278,8 @@ def test_a_run_and_its_continuation(folder, tmp_path, capsys, monkeypatch):
     for exact, kept in zip(dense, everything):
         assert exact["density"] == kept["density"] == 1
         assert kept["rise"] == pytest.approx(0, abs=1e-5)
-        assert "scan" in kept["path"]
+        assert "flex_attention" in kept["path"]
+        assert "dense scaled" not in kept["path"]
     assert all(row["density"] < 1 for row in of["quality"] if row["rule"] in ("relative:5", "moments:0.3"))
 
     # Nothing is measured again, and a rule that is new alone.
@@ -297,13 +296,13 @@ def test_a_run_and_its_continuation(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_single_rules_and_masks(folder, tmp_path, capsys):
-    assert run(folder, "--metric", "relative", "--thresholds", "0.1", "--placement", "end") == 0
+    assert run(folder, "--rule", "relative", "--thresholds", "0.1", "--placement", "end") == 0
     assert "| relative:0.1 |" in capsys.readouterr().out
-    assert run(folder, "--check-mask", "--estimator", "scan", "--thresholds", "0.01,0.1", "--layers", "1") == 0
+    assert run(folder, "--check-mask", "--rule", "scan", "--thresholds", "0.01,0.1", "--layers", "1") == 0
     assert "| scan:0.1 | 1 |" in capsys.readouterr().out
     for wrong in (
         ["--rules", "scan"],
-        ["--rules", "scan:1", "--metric", "mass"],
+        ["--rules", "scan:1", "--rule", "scan"],
         ["--json", "no/where"],
     ):
         with pytest.raises(SystemExit):
