@@ -25,7 +25,8 @@ class SaleConfig:
         ValueError: A field is outside its range. The message names the field, the rule and the value.
     """
 
-    rule: Rule = field(default_factory=Mass)
+    # A function, because torch.compile traces into no class that is a factory.
+    rule: Rule = field(default_factory=lambda: Mass())
     """What chooses blocks, with its threshold: `sale_flex.Mass`, `sale_flex.Relative`, or one of your own."""
 
     block_size: tuple[int, int] = (64, 64)

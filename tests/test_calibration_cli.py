@@ -81,6 +81,22 @@ def test_calibrate_takes_a_config(text, tmp_path, given):
     assert found == replace(config, block_size=(64, 32)).with_threshold(found.rule.threshold)
 
 
+def test_the_min_length_of_a_config_stays(text, tmp_path, monkeypatch):
+    seen = []
+
+    def stop(*_, config: SaleConfig, **__):
+        seen.append(config.min_length)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("sale_flex.calibration.run.calibrate", stop)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"min_length": 96}))
+    arguments = ["calibrate", str(PACKAGED), "--texts", str(text), "--lengths", "128", "--config", str(file)]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--min-length", "64"]) == 2
+    assert seen == [96, 64]
+
+
 def test_calibrate_says_how_to_go_on(text, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

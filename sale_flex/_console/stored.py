@@ -240,7 +240,8 @@ def selection_rule(*, threshold: bool, partial: bool) -> Rule:
         try:
             kind = rule_named(name)
         except ValueError as error:
-            raise Broken(_within(field, str(error).rstrip("."))) from None
+            # It speaks of a rule; here that is the field's name.
+            raise Broken(_within(field, str(error).replace("rule must", "name must", 1).rstrip("."))) from None
         options: dict[str, Rule] = {each.name: _option for each in fields(kind) if each.name != "threshold"}
         if threshold:
             options = {"threshold": number("a float")} | options

@@ -43,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(NAMED)}, or a JSON file with the fields of one SaleConfig (default: default)",
     )
     add("--block-size", metavar="ROWS,KEYS", help=f"of a block: {_SIZES} (default: the config's)")
-    add("--min-length", type=int, help="tokens up to which a query keeps everything (default: the device's break-even)")
+    add(
+        "--min-length",
+        type=int,
+        help="tokens up to which a query keeps everything (default: the config's, or the device's break-even)",
+    )
     add("--transfer", type=Path, nargs="+", metavar="PATH", help="texts of another kind to evaluate the result on")
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the result goes")
     add("--resume", action="store_true", help="go on with what an interrupted run left in --out")
@@ -77,7 +81,9 @@ def main(args: argparse.Namespace) -> int:
         # What is cheap to look at comes first, the model's weights last.
         lengths = parse_list("--lengths", args.lengths, int, "numbers of tokens, 2 or more", lambda x: x >= 2)
         Goal(args.target, args.error, args.search)
-        config = replace(parse_config(args.config), min_length=args.min_length)
+        config = parse_config(args.config)
+        if args.min_length is not None:
+            config = replace(config, min_length=args.min_length)
         if args.block_size is not None:
             config = replace(config, block_size=parse_block_size(args.block_size))
         check_folder("--out", args.out)

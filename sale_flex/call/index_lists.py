@@ -106,8 +106,8 @@ def masked_room(query: Tensor, grid: Grid, config: SaleConfig, dense_prefix: int
 def _asked_width(max_blocks: int, always: int, key_blocks: int, dense_prefix: int) -> int:
     if max_blocks <= always and max_blocks < key_blocks:
         raise ValueError(
-            f"max_blocks must have room for the {always} blocks that are kept in any case (sink, {dense_prefix} dense "
-            f"rows, local window), got {max_blocks}; raise it or lower min_length."
+            f"config.rule.max_blocks must have room for the {always} blocks that are kept in any case (sink, "
+            f"{dense_prefix} dense rows, local window), got {max_blocks}; raise it or lower min_length."
         )
     return min(key_blocks, max_blocks)
 
