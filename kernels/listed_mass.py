@@ -397,12 +397,12 @@ def listed_mass(
 
     Args:
         key: ``[B, Hkv, Skv, D]``, any strides.
-        mean_codes: From `quantize_moments` with the same `block_k`, `sub_block` and `bits`, and so are the next four.
-        mean_scale: Scales of the means.
-        var_codes: Codes of the variances.
-        var_scale: Scales of the variances.
-        nonfinite: Bits of the key blocks that are not finite: always hit.
-        rows: From `listed_pool` with the same `block_q`, `pool` and `bits`, and so are the next four.
+        mean_codes: Codes of sub-blocks' means, from `quantize_moments` with the same `block_k`, `sub_block` and `bits`.
+        mean_scale: Scales of the means, likewise.
+        var_codes: Codes of the variances, likewise.
+        var_scale: Scales of the variances, likewise.
+        nonfinite: Bits of the key blocks that are not finite, likewise: always hit.
+        rows: Pooled rows, from `listed_pool` with the same `block_q`, `pool` and `bits`, as what follows up to `shift`.
         codes: Codes of the pooled rows.
         square_codes: Squares of the codes.
         code_scale: Scales of the codes.
@@ -411,7 +411,7 @@ def listed_mass(
         lists: From `block_lists`.
         full: Bits of full blocks, from `block_structure`: no mask is asked there. A bit of 0 is right, only slower.
         bounds: int32 ``[B, 3]``.
-        causal: As in `block_structure`, and so are the next four.
+        causal: Whether a row sees keys up to its position only.
         mask: mask_mod, or None.
         listed: The caller's block mask, or None.
         listed_q: Query rows a block of it.

@@ -15,7 +15,7 @@ from sale_flex.call.index_lists import Room, masked_room, plain_room
 from sale_flex.call.user_mods import MaskedBy, UserMods, check_mods, read_mods
 from sale_flex.call.validation import check_inputs, settled
 from sale_flex.config import SaleConfig
-from sale_flex.mods.held import held
+from sale_flex.mods.held import held, mark_static
 from sale_flex.selection.key_codes import KeyCodes, Reuse, reuse_of
 from sale_flex.selection.rules import Rule
 
@@ -50,19 +50,14 @@ class Arguments(NamedTuple):
         return Grid(self.query.shape[2], self.key.shape[2], *self.config.block_size)
 
     @property
-    def unpadded(self) -> bool:
-        """Whether all keys are valid and the last query stands at the last key, as far as the host was told."""
-        return self.q_offset is None and self.kv_range is None
+    def rows_begin_elsewhere(self) -> bool:
+        """Whether row 0 may stand at another key than key 0, as far as the host was told."""
+        return self.q_offset is not None or self.query.shape[2] != self.key.shape[2]
 
     @property
     def square(self) -> bool:
-        """Whether it is `unpadded` and has as many queries as keys."""
-        return self.unpadded and self.query.shape[2] == self.key.shape[2]
-
-    @property
-    def rows_begin_elsewhere(self) -> bool:
-        """Whether row 0 may stand at another key than key 0."""
-        return self.q_offset is not None or self.query.shape[2] != self.key.shape[2]
+        """Whether queries and keys are the same tokens, without padding, as far as the host was told."""
+        return self.kv_range is None and not self.rows_begin_elsewhere
 
 
 class Call(NamedTuple):
@@ -230,8 +225,7 @@ def settle(
 def _row_offsets(bounds: Tensor) -> Tensor:
     """Where row 0 of every batch row stands, int32 ``[B]``, for mods to capture."""
     offsets = held(bounds[:, 0].contiguous())
-    if not torch.compiler.is_compiling():
-        torch._dynamo.mark_static(offsets)
+    mark_static(offsets)
     return offsets
 
 

@@ -6,11 +6,11 @@ values of a tensor, so that no number that torch.compile could take for a dynami
 Inductor's C++ template for flex_attention confuses the names of such symbols (torch 2.13 to 2.15 do).
 """
 
-import torch
 from torch import Tensor
 
 from sale_flex import ops
 from sale_flex.mods import MaskMod
+from sale_flex.mods.held import mark_static
 
 _TABLE_WORDS = 2**20
 """Length of the table of a call that needs no more: 4 MiB, enough for 32 heads of 60,000 tokens in 64x64 blocks."""
@@ -18,7 +18,7 @@ _TABLE_WORDS = 2**20
 
 def visible(bounds: Tensor) -> MaskMod:
     """The mask_mod of positions: causal, valid, and the query no padding. `bounds` is int32 ``[B, 3]``."""
-    _mark_static(bounds)
+    mark_static(bounds)
 
     def is_visible(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         position = q_idx + bounds[b, 0]
@@ -29,7 +29,7 @@ def visible(bounds: Tensor) -> MaskMod:
 
 def valid(bounds: Tensor) -> MaskMod:
     """`visible` without causality: the key is valid, and the query no padding."""
-    _mark_static(bounds)
+    mark_static(bounds)
 
     def is_valid(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         position = q_idx + bounds[b, 0]
@@ -49,9 +49,9 @@ def kept_block(kept: Tensor, block_q: int, block_k: int) -> MaskMod:
     """
     words = _TABLE_WORDS if kept.numel() <= _TABLE_WORDS else kept.numel()
     table, layout = ops.kept_table(kept, block_q, block_k, words)
-    _mark_static(layout)
+    mark_static(layout)
     if words == _TABLE_WORDS:
-        _mark_static(table)
+        mark_static(table)
 
     def is_in_kept_block(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         query_block, block = q_idx >> layout[3], kv_idx >> layout[4]
@@ -59,9 +59,3 @@ def kept_block(kept: Tensor, block_q: int, block_k: int) -> MaskMod:
         return ((word >> (block & 31)) & 1) == 1
 
     return is_in_kept_block
-
-
-def _mark_static(captured: Tensor) -> None:
-    """Keep torch.compile(dynamic=True) from making symbols of a captured tensor's sizes."""
-    if not torch.compiler.is_compiling():
-        torch._dynamo.mark_static(captured)

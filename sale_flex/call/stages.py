@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, noop_mask
 
 from sale_flex import ops
-from sale_flex.blocks.mask_spec import BlockVisibility, CandidateBlocks, Structure
+from sale_flex.blocks.geometry import Grid
+from sale_flex.blocks.mask_spec import BlockVisibility, CandidateBlocks, MaskSpec, Structure
 from sale_flex.call.audit import audit
 from sale_flex.call.facts import Call
 from sale_flex.call.index_lists import IndexLists, split_lists
@@ -172,14 +173,18 @@ def _mask_mod(call: Call, kept: Tensor) -> MaskMod:
         parts.insert(0, visible(call.bounds))
     elif not call.no_left_padding:
         parts.insert(0, valid(call.bounds))
-    if call.masked is not None and call.masked.spec.listed is not None:
-        # Of a finer block mask, a kept block may hold blocks that it does not list.
-        spec = call.masked.spec
-        if spec.listed_q % call.grid.block_q or spec.listed_k % call.grid.block_k:
-            parts.insert(0, kept_block(call.masked.spec.listed, spec.listed_q, spec.listed_k))
+    spec = None if call.masked is None else call.masked.spec
+    # Of a finer block mask, a kept block may hold blocks that it does not list.
+    if spec is not None and spec.listed is not None and _is_finer(spec, call.grid):
+        parts.insert(0, kept_block(spec.listed, spec.listed_q, spec.listed_k))
     if call.lookup:
         parts.insert(0, kept_block(kept, *call.config.block_size))
     return and_masks(*parts) if parts else noop_mask
+
+
+def _is_finer(spec: MaskSpec, grid: Grid) -> bool:
+    """Whether the user's block mask has blocks that are smaller than ours."""
+    return bool(spec.listed_q % grid.block_q or spec.listed_k % grid.block_k)
 
 
 def _counts(call: Call, structure: Structure | None, choice: Choice, listed: Listed) -> Callable[[], SaleStats]:

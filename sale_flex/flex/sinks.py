@@ -43,12 +43,11 @@ def attend_rows(call: Call, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor
         value: ``[B, Hkv, Skv, D]``.
         kept: int32 ``[B, Hq, nq, ceil(nk / 32)]``: bits of the blocks.
     """
-    query, key, mods = call.query, call.key, call.mods
-    spec, score = causal_spec(call.bounds), Mod()
-    if call.masked is not None:
-        # Attention always applies the mods, whatever the estimate does.
-        every = mods._replace(estimate="apply")
+    query, key, seen = call.query, call.key, call.masked
+    if seen is not None and call.mods.estimate == "ignore":
+        # Attention applies the mods that the estimate leaves out.
+        every = call.mods._replace(estimate="apply")
         seen = read_mods(every, query, key, call.bounds, " with a log-sum-exp on a CPU")
-        spec, score = seen.spec, seen.score
+    spec, score = (causal_spec(call.bounds), Mod()) if seen is None else (seen.spec, seen.score)
     output, lse = listed_ops.listed_rows(query, key, value, kept, *spec, *score, call.scale, *call.config.block_size)
     return output, lse

@@ -27,9 +27,14 @@ def held_table(tensor: Tensor) -> Tensor:
     if not padded:
         return held(flat)
     table = _held(flat, TABLE_LENGTH)
-    if not torch.compiler.is_compiling():
-        torch._dynamo.mark_static(table)
+    mark_static(table)
     return table
+
+
+def mark_static(captured: Tensor) -> None:
+    """Keep torch.compile(dynamic=True) from making symbols of a captured tensor's sizes."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static(captured)
 
 
 @torch.library.custom_op("sale_flex::held", mutates_args=())

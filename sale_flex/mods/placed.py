@@ -27,52 +27,41 @@ def placed_mask(mask_mod: MaskMod, q_offset: int | Tensor | None) -> MaskMod:
     offset = checked_offset(q_offset)
     if isinstance(offset, int) and offset == 0:
         return mask_mod
-    key_range: KeyRange | None = getattr(mask_mod, "key_range", None)
-    if isinstance(offset, Tensor) and offset.dim():
-
-        def mask_by_batch(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return mask_mod(b, h, q_idx + offset[b], kv_idx)
-
-        if key_range is None:
-            return ready(mask_by_batch)
-        of_positions = key_range
-
-        def range_by_batch(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor | int, Tensor | int]:
-            return of_positions(b, h, first_q + offset[b], last_q + offset[b])
-
-        return ready(mask_by_batch, key_range=range_by_batch)
+    by_row = isinstance(offset, Tensor) and offset.dim() > 0
 
     def mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask_mod(b, h, q_idx + offset, kv_idx)
+        return mask_mod(b, h, _position(offset, by_row, b, q_idx), kv_idx)
 
-    if key_range is None:
+    of_positions: KeyRange | None = getattr(mask_mod, "key_range", None)
+    if of_positions is None:
         return ready(mask)
-    positions_range = key_range
+    range_of = of_positions  # what is known of a name outside a function is not known in it
 
-    def shifted_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor | int, Tensor | int]:
-        return positions_range(b, h, first_q + offset, last_q + offset)
+    def key_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor | int, Tensor | int]:
+        first, last = (_position(offset, by_row, b, row) for row in (first_q, last_q))
+        return range_of(b, h, first, last)
 
-    return ready(mask, key_range=shifted_range)
+    return ready(mask, key_range=key_range)
 
 
 def placed_score(score_mod: ScoreMod, q_offset: int | Tensor | None) -> ScoreMod:
     """The same of a score_mod."""
     if q_offset is None:
         return following(score_mod, partial(placed_score, score_mod))
-    offset, rough = checked_offset(q_offset), getattr(score_mod, "rough", None)
+    offset = checked_offset(q_offset)
     if isinstance(offset, int) and offset == 0:
         return score_mod
-    if isinstance(offset, Tensor) and offset.dim():
-
-        def score_by_batch(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return score_mod(score, b, h, q_idx + offset[b], kv_idx)
-
-        return ready(score_by_batch, rough=rough)
+    by_row = isinstance(offset, Tensor) and offset.dim() > 0
 
     def placed(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score_mod(score, b, h, q_idx + offset, kv_idx)
+        return score_mod(score, b, h, _position(offset, by_row, b, q_idx), kv_idx)
 
-    return ready(placed, rough=rough)
+    return ready(placed, rough=getattr(score_mod, "rough", None))
+
+
+def _position(offset: Any, by_row: bool, b: Tensor, row: Tensor) -> Tensor:
+    """Where a row of the query stands: `offset` is of all batch rows, or one for each."""
+    return row + offset[b] if by_row else row + offset
 
 
 def following(mod: Mod, at: Any) -> Mod:

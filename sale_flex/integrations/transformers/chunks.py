@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sale_flex.mods import MaskMod, with_key_range
 from sale_flex.mods.held import held
+from sale_flex.mods.placed import placed_mask
 
 
 def chunked(chunk: int, first: Tensor, q_offset: int | Tensor = 0) -> MaskMod:
@@ -23,25 +24,21 @@ def chunked(chunk: int, first: Tensor, q_offset: int | Tensor = 0) -> MaskMod:
     if chunk < 1:
         raise ValueError(f"attention_chunk_size must be an int of at least 1, got {chunk}.")
     first = held(first.to(torch.int32).contiguous())
-    if isinstance(q_offset, Tensor):
-        q_offset = held(q_offset.to(torch.int32))
 
     if first.shape[0] == 1:
 
         def chunk_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            position = q_idx + q_offset
-            return (kv_idx <= position) & ((kv_idx - first[0]) // chunk == (position - first[0]) // chunk)
+            return (kv_idx <= q_idx) & ((kv_idx - first[0]) // chunk == (q_idx - first[0]) // chunk)
 
         def key_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor, Tensor]:
-            return first[0] + (first_q + q_offset - first[0]) // chunk * chunk, last_q + q_offset
+            return first[0] + (first_q - first[0]) // chunk * chunk, last_q
 
-        return with_key_range(chunk_mask, key_range)
+        return placed_mask(with_key_range(chunk_mask, key_range), q_offset)
 
     def rows_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        position = q_idx + q_offset
-        return (kv_idx <= position) & ((kv_idx - first[b]) // chunk == (position - first[b]) // chunk)
+        return (kv_idx <= q_idx) & ((kv_idx - first[b]) // chunk == (q_idx - first[b]) // chunk)
 
     def rows_range(b: Tensor, h: Tensor, first_q: Tensor, last_q: Tensor) -> tuple[Tensor, Tensor]:
-        return first[b] + (first_q + q_offset - first[b]) // chunk * chunk, last_q + q_offset
+        return first[b] + (first_q - first[b]) // chunk * chunk, last_q
 
-    return with_key_range(rows_mask, rows_range)
+    return placed_mask(with_key_range(rows_mask, rows_range), q_offset)

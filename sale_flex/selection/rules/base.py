@@ -18,6 +18,9 @@ from sale_flex.blocks.mask_spec import Structure
 if TYPE_CHECKING:
     from sale_flex.call.facts import Call
 
+BITS = (4, 8)
+"""Widths that codes of queries and keys may have."""
+
 GROUP = "sale_flex.rules"
 """Entry points of this group are rules of other packages: name -> class."""
 

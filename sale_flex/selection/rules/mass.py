@@ -16,7 +16,7 @@ from sale_flex.blocks.bits import pack_bits, unpack_bits
 from sale_flex.blocks.mask_spec import Structure
 from sale_flex.ops import listed as listed_ops
 from sale_flex.selection.key_codes import Coded, Form, code_rest
-from sale_flex.selection.rules.base import Rule, Selection, check_count, check_one_of, register_rule
+from sale_flex.selection.rules.base import BITS, Rule, Selection, check_count, check_one_of, register_rule
 
 if TYPE_CHECKING:
     from sale_flex.call.facts import Call
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 POOLS = (1, 2, 4, 8, 16)
 POOL_MODES = ("last", "mean")
 SUB_BLOCKS = (1, 4, 8, 16, 32, 64)
-BITS = (4, 8)
 
 
 @register_rule

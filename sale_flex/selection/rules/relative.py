@@ -15,12 +15,10 @@ from sale_flex import ops
 from sale_flex.blocks.mask_spec import Structure
 from sale_flex.ops import listed as listed_ops
 from sale_flex.selection.key_codes import Coded, Form, code_rest
-from sale_flex.selection.rules.base import Rule, Selection, check_one_of, register_rule
+from sale_flex.selection.rules.base import BITS, Rule, Selection, check_one_of, register_rule
 
 if TYPE_CHECKING:
     from sale_flex.call.facts import Call
-
-BITS = (4, 8)
 
 
 @register_rule
