@@ -168,8 +168,8 @@ def _listed_mass_kernel(
             if (whole == 0) & (partial > 0):
                 whole = sort_candidates(
                     candidates_ptr, sorted_ptr, partial, b, head, query_block * BLOCK_Q, offset, start, end, q_len,
-                    kv_len, listed_at, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_K, P, ROWS, 16,
-                )  # fmt: skip  # few keys a step: what the compiler keeps of it for the next tile costs registers
+                    kv_len, listed_at, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_K, P, ROWS, 32,
+                )  # fmt: skip  # a step of few keys: what is kept for the next tile costs registers
                 partial -= whole
                 candidates_ptr = sorted_ptr
             # A block that padding on the left cuts is no sink where there are none. It is kept, and of the exact part.
