@@ -28,12 +28,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sale_flex import SaleConfig, flex_kernel_options, sale_attention
 from sale_flex._console.provenance import provenance
 from sale_flex.blocks.bits import pack_bits
-from sale_flex.blocks.geometry import Grid, always_blocks, full_blocks, visible_blocks
+from sale_flex.blocks.geometry import always_blocks, full_blocks, visible_blocks
 from sale_flex.call.audit import audit
 from sale_flex.call.facts import check_arguments, settle
 from sale_flex.call.user_mods import UserMods
 from sale_flex.integrations import transformers as sale_hf
 from sale_flex.integrations.transformers.calls import AttentionCall, observe
+from sale_flex.kernels.arguments import Grid
 
 RULES = (
     "scan:0.01:0.02:0.03:0.04,moments:0.0025:0.005:0.01:0.02,relative:0.001:0.004:0.016:0.064,exact:0.01:0.02:0.03:0.06"

@@ -21,8 +21,9 @@ import sale_flex
 from sale_flex import AuxRequest, SaleConfig, SaleStats
 from sale_flex.bench.captured import Captured
 from sale_flex.bench.model import read_text
-from sale_flex.blocks.geometry import Grid, always_blocks
+from sale_flex.blocks.geometry import always_blocks
 from sale_flex.call.facts import make_bounds
+from sale_flex.kernels.arguments import Grid
 from sale_flex.reference import keep_map
 from sale_flex.testing import block_map, mass_error_bound
 

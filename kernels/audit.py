@@ -7,15 +7,14 @@ one reads them: the row's total, and the shares of the blocks that were kept or 
 memory is bounded.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import Grid, MaskSpec, ModLike, Near, Structure
 from .primitives import is_finite
-from .seen import at_head, listed_arguments, mod_arguments, seen
+from .visibility import at_head, listed_arguments, mod_arguments, sees_key
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -214,7 +213,7 @@ def _weigh_kernel(
                     sees = sees & (kv <= at[:, None])
                 logits = tl.where(sees, logits, float("-inf"))
         else:
-            sees = seen(
+            sees = sees_key(
                 b, head, q[:, None], kv, first_key, offset, start, end, q_len, kv_len,
                 listed_ptr, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_N,
             )  # fmt: skip
@@ -346,22 +345,13 @@ def audit_rows(
     key: Tensor,
     hits: Tensor,
     nonfinite: Tensor | None,
-    always: Tensor | None,
-    rows: Tensor | None,
-    bounds: Tensor,
-    causal: bool,
-    mask: Any,
-    listed: Tensor | None,
-    listed_q: int,
-    listed_k: int,
-    score: Any,
+    spec: MaskSpec,
+    structure: Structure | None,
+    score: ModLike,
     scale: float,
     least: float,
-    block_q: int,
-    block_k: int,
-    sink_tokens: int,
-    local_tokens: int,
-    min_length: int,
+    grid: Grid,
+    near: Near,
 ) -> Tensor:
     """What audited rows want of the blocks that are not kept in any case, and what of that the choice missed.
 
@@ -374,23 +364,13 @@ def audit_rows(
         key: ``[B, Hkv, Skv, D]``, any strides, the query's dtype.
         hits: int32 ``[B, Hq, nq, ceil(nk / 32)]``: bits of the chosen blocks.
         nonfinite: int32 ``[B, Hkv, ceil(nk / 32)]``: bits of blocks that are kept besides, or None.
-        always: int32 ``[B, Hs, nq, ceil(nk / 32)]``: bits of the blocks that are always kept. None: those of plain
-            causal attention.
-        rows: int32 ``[B, Hs, 2, nq * block_q]``: first and last key that each row sees; None with `always`.
-        bounds: int32 ``[B, 3]``.
-        causal: Whether a row sees keys up to its position only.
-        mask: mask_mod as jit function and what it reads, or None.
-        listed: The caller's block mask as bits, as in `block_structure`, or None.
-        listed_q: Query rows a block of the caller's block mask.
-        listed_k: Keys a block of the caller's block mask.
+        spec: Who sees whom; its mask is the mask_mod as jit function and what it reads, or None.
+        structure: From `block_structure` and `candidate_blocks`; None in plain causal attention.
         score: score_mod as jit function and what it reads, or None.
         scale: Softmax scale.
         least: Share of a row's softmax that a block must have to be wanted.
-        block_q: Query rows a block.
-        block_k: Keys a block.
-        sink_tokens: First valid keys whose blocks are always kept.
-        local_tokens: Keys up to a row's position whose blocks are always kept.
-        min_length: Rows fewer than this many keys after the first one are early, in tokens.
+        grid: Lengths and blocks.
+        near: Which blocks are kept in any case. Rows that keep all they see are early.
 
     Returns:
         float32 ``[B, Hq, slots_before(Sq) + 2, 3]``: of the row of every group that the call may meet, whether it was
@@ -398,42 +378,45 @@ def audit_rows(
     """
     batch, heads, q_len, dim = query.shape
     query_blocks, words = hits.shape[2:]
-    key_blocks = triton.cdiv(key.shape[2], block_k)
     slots = slots_before(q_len) + 2
     audit = query.new_empty(batch, heads, slots, 3, dtype=torch.float32)
     block_d = triton.next_power_of_2(dim)
     # 32 KiB of rows and two tiles of 16 KiB of keys fit every supported GPU's shared memory.
     of_row = block_d * query.element_size()
-    block_m, block_n = min(64, 32768 // of_row), min(64, 16384 // of_row, block_k)
-    structure_heads = 1 if always is None else always.shape[1]
+    block_m, block_n = min(64, 32768 // of_row), min(64, 16384 // of_row, grid.block_k)
+    # Where there is no tensor, `bounds` stands for it, and is not read.
+    always = ends = bounds = spec.bounds
+    structure_heads = 1
+    if structure is not None:
+        always, ends = structure.candidates.always, structure.visibility.row_kv_bounds
+        structure_heads = always.shape[1]
     share = heads // key.shape[1]
     together = 1 if structure_heads > 1 else min(share & -share, 8)
     tiles = triton.cdiv(slots, block_m // together)
     groups = batch * heads // together
-    at_once = min(tiles, max(1, RANGE_BYTES // (groups * key_blocks * block_m * 4)))
-    logs = query.new_empty(groups * at_once * key_blocks * block_m, dtype=torch.float32)
-    listed_tensor, listed_b, listed_h, listed_words = listed_arguments(listed, bounds)
-    mask_function, mask_aux = mod_arguments(mask)
+    at_once = min(tiles, max(1, RANGE_BYTES // (groups * grid.key_blocks * block_m * 4)))
+    logs = query.new_empty(groups * at_once * grid.key_blocks * block_m, dtype=torch.float32)
+    listed, listed_b, listed_h, listed_words = listed_arguments(spec)
+    mask_function, mask_aux = mod_arguments(spec.mask)
     score_function, score_aux = mod_arguments(score)
     shared = {
         "HEADS": heads, "KV_HEADS": key.shape[1], "STRUCTURE_HEADS": structure_heads,
-        "LISTED_ROWS": always is not None, "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_M": block_m,
+        "LISTED_ROWS": structure is not None, "BLOCK_Q": grid.block_q, "BLOCK_K": grid.block_k, "BLOCK_M": block_m,
         "TOGETHER": together, "num_warps": 4,
     }  # fmt: skip
-    # Where there is no tensor, `bounds` stands for it, and is not read.
-    ends = bounds if rows is None else rows
     for first in range(0, tiles, at_once):
         count = min(at_once, tiles - first)
-        _weigh_kernel[(count * triton.cdiv(key_blocks, SPAN), groups)](
+        _weigh_kernel[(count * triton.cdiv(grid.key_blocks, SPAN), groups)](
             query, *query.stride(), key, *key.stride(), ends, bounds,
-            listed_tensor, listed_b, listed_h, listed_words, mask_aux, score_aux, logs,
-            scale, q_len, key.shape[2], query_blocks * block_q, key_blocks, min_length, first, count,
-            CAUSAL=causal, MASK=mask_function, LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
-            SCORE=score_function, D=dim, BLOCK_D=block_d, BLOCK_N=block_n, SPAN=SPAN, num_stages=2, **shared,
+            listed, listed_b, listed_h, listed_words, mask_aux, score_aux, logs,
+            scale, q_len, key.shape[2], query_blocks * grid.block_q, grid.key_blocks, near.min_length, first, count,
+            CAUSAL=spec.causal, MASK=mask_function, LISTED_Q=0 if spec.listed is None else spec.listed_q,
+            LISTED_K=spec.listed_k, SCORE=score_function, D=dim, BLOCK_D=block_d, BLOCK_N=block_n, SPAN=SPAN,
+            num_stages=2, **shared,
         )  # fmt: skip
         _share_kernel[(count, groups)](
-            logs, hits, bounds if nonfinite is None else nonfinite, bounds if always is None else always, ends, bounds,
-            audit, least, q_len, query_blocks * block_q, query_blocks, key_blocks, words, slots, sink_tokens,
-            local_tokens, min_length, first, count, FLAGS=nonfinite is not None, **shared,
+            logs, hits, bounds if nonfinite is None else nonfinite, always, ends, bounds,
+            audit, least, q_len, query_blocks * grid.block_q, query_blocks, grid.key_blocks, words, slots, *near, first,
+            count, FLAGS=nonfinite is not None, **shared,
         )  # fmt: skip
     return audit

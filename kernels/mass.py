@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Which key blocks take more than a share of some pooled row's softmax (docs/semantics.md, "The mass rule").
 
-Entry point: `mass_hits`. One kernel goes from integer products to decisions. A program takes a tile of pooled rows of
-one head, multiplies their codes with the codes of all candidate blocks on the int8 matrix units, and turns the int32
-accumulators into exponentials by integer arithmetic alone: a multiply-add per product, a clamp, a shift, and the bits
-are those of a float32. Block sums are noted in scratch memory, and compared with the row's threshold once its total is
-known. Programs are persistent, so that scratch is bounded by the GPU's size, and take the longest rows first.
-
-Columns are loaded in an order that leaves a block's sub-blocks in one thread: the accumulator of a matrix instruction
-spreads 8 neighbouring columns over 4 threads, 2 each, so 4 blocks share 8 columns at a time.
+Entry point: `mass_hits`. Calls under mods, whose candidates are lists, go to `masked_mass`. In plain causal attention
+one kernel goes from integer products to decisions. A program takes a tile of pooled rows of one head, multiplies their
+codes with the codes of all candidate blocks on the int8 matrix units, and turns the int32 accumulators into
+exponentials by integer arithmetic alone: a multiply-add per product, a clamp, a shift, and the bits are those of a
+float32. Block sums are noted in scratch memory, and compared with the row's threshold once its total is known. Programs
+are persistent, so that scratch is bounded by the GPU's size, and take the longest rows first.
 """
 
 import math
@@ -18,7 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fixed_point import CENTER, FRACTION, HIGHEST, by_part, clamped_fixed_point, fixed_factor, level
+from .arguments import Grid, KeyMoments, MaskSpec, MassOptions, ModLike, Near, Structure
+from .fixed_point import (
+    CENTER,
+    FRACTION,
+    HIGHEST,
+    clamped_fixed_point,
+    coded_logits,
+    column_order,
+    level,
+    sum_parts,
+)
+from .masked_mass import masked_mass
 from .pool import LOG2E, pool_queries
 from .primitives import rotation_stages
 
@@ -100,10 +109,9 @@ def _mass_hits_kernel(
     ROWS_Q: tl.constexpr = BLOCK_Q // P  # pooled rows a query block
     BLOCKS_Q: tl.constexpr = BLOCK_M // ROWS_Q
     NB: tl.constexpr = BLOCK_N // SUBS  # key blocks a step
-    # A part is what one thread holds of a block in a step: all of it, unless a step has less than four blocks.
-    PART: tl.constexpr = SUBS if BLOCK_N >= 4 * SUBS else BLOCK_N // 4
+    PART: tl.constexpr = SUBS if BLOCK_N >= 4 * SUBS else BLOCK_N // 4  # see `fixed_point`
     PARTS: tl.constexpr = SUBS // PART
-    TOGETHER: tl.constexpr = PART >= 2
+    SETS: tl.constexpr = BLOCK_N // (4 * PART)
 
     # A program's scratch: the level that hits of every row, then the levels of its blocks.
     cut_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * scratch_stride
@@ -111,15 +119,8 @@ def _mass_hits_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     d_mask = (offsets_d < D)[None, :]
     rows = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_N)
-    if TOGETHER:
-        inside = column % (4 * PART)
-        owner = column // (4 * PART) * 4 + inside % 8 // 2
-        sub = owner * PART + inside // 8 * 2 + inside % 2
-        block_of = (tl.arange(0, NB * PARTS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]) // PARTS
-    else:
-        sub = column
-        block_of = column // SUBS
+    sub = column_order(BLOCK_N, PART)
+    block_of = (tl.arange(0, SETS)[:, None] * 4 + tl.arange(0, 4)[None, :]) // PARTS
     key_offsets = sub[:, None] * D + offsets_d[None, :]
     noted = rows[:, None] * NB + tl.arange(0, NB)[None, :]
 
@@ -155,6 +156,7 @@ def _mass_hits_kernel(
         # From one level below the threshold on, so that what does not reach it is below every cut.
         base = tl.minimum(threshold, 1.0).to(tl.int32, bitcast=True) - (1 << 20)
         by_row = code_scale * row_factor
+        by_square = by_row
         if MOMENTS:
             squares = tl.load(squares_ptr + at[:, None] * D + offsets_d[None, :], mask=d_mask, other=0)
             by_square = code_scale * code_scale * square_factor
@@ -163,16 +165,13 @@ def _mass_hits_kernel(
         mu_at = mu_ptr + (kv_head * sub_rows + first * SUBS) * D
         mu_scale_at = mu_scale_ptr + kv_head * (sub_rows // SUBS) + first
         mu_scale = tl.load(mu_scale_at + block_of)
+        var_scale = mu_scale
         if MOMENTS:
             var_at = var_ptr + (kv_head * sub_rows + first * SUBS) * D
             var_scale_at = var_scale_ptr + kv_head * (sub_rows // SUBS) + first
             var_scale = tl.load(var_scale_at + block_of)
-        if TOGETHER:
-            sums = tl.zeros([BLOCK_M, 4], tl.float32)
-            packed = tl.zeros([BLOCK_M, NB * PARTS // 4, 4 // PARTS], tl.int32)
-        else:
-            sums = tl.zeros([BLOCK_M], tl.float32)
-            packed = tl.zeros([BLOCK_M, NB], tl.int32)
+        sums = tl.zeros([BLOCK_M, 4], tl.float32)
+        packed = tl.zeros([BLOCK_M, SETS, 4 // PARTS], tl.int32)
         for step in range(0, steps):
             # Scales are loaded a step ahead: nothing but the codes is pipelined by the compiler.
             ahead = tl.minimum(step + 1, steps - 1) * NB + block_of
@@ -186,49 +185,31 @@ def _mass_hits_kernel(
                 else:
                     var = tl.load(var_at + step * (BLOCK_N * D) + key_offsets, mask=d_mask, other=0)
                 square = tl.dot(squares, tl.trans(var), out_dtype=tl.int32)
+            else:
+                square = 0
             product = tl.dot(codes, tl.trans(mu), out_dtype=tl.int32)
-            factor, shift, half = fixed_factor(by_row, mu_scale, LIMIT, WIDE)
+            logits = coded_logits(
+                product, square, constant, by_row, mu_scale, by_square, var_scale,
+                PART, MOMENTS, WIDE, LIMIT, SQUARE_LIMIT, CAP,
+            )  # fmt: skip
             mu_scale = tl.load(mu_scale_at + ahead)
             if MOMENTS:
-                square_by, square_shift, square_half = fixed_factor(by_square, var_scale, SQUARE_LIMIT, WIDE)
                 var_scale = tl.load(var_scale_at + ahead)
-            if TOGETHER:
-                of_row = constant[:, None, None]
-                if MOMENTS:
-                    rest = (of_row + square_half)[:, :, :, None]
-                    second = (by_part(square, PART) >> square_shift[:, :, :, None]) * square_by[:, :, :, None] + rest
-                    logit = tl.minimum(second, (constant + CAP)[:, None, None, None]) + half[:, :, :, None]
-                else:
-                    logit = (of_row + half)[:, :, :, None]
-                logit = (by_part(product, PART) >> shift[:, :, :, None]) * factor[:, :, :, None] + logit
-                bits = tl.maximum(tl.minimum(logit, highest), 0) << 7
-                total = tl.sum(bits.to(tl.float32, bitcast=True), axis=3)  # [BLOCK_M, NB * PARTS / 4, 4]
-                if (step < closed_steps) | (step >= open_steps):
-                    here = first + step * NB + block_of
-                    candidate = (here >= low_block)[None, :, :] & (here[None, :, :] < high_of_row[:, None, None])
-                    total = tl.where(candidate, total, 0.0)
-                sums += tl.sum(total, axis=1)
-                if PARTS > 1:
-                    total = tl.sum(tl.reshape(total, [BLOCK_M, NB * PARTS // 4, 4 // PARTS, PARTS]), axis=3)
-            else:
-                logit = constant[:, None] + half
-                if MOMENTS:
-                    second = (square >> square_shift) * square_by + (constant[:, None] + square_half)
-                    logit = tl.minimum(second, (constant + CAP)[:, None]) + half
-                logit = (product >> shift) * factor + logit
-                bits = tl.maximum(tl.minimum(logit, highest), 0) << 7
-                total = tl.sum(tl.reshape(bits.to(tl.float32, bitcast=True), [BLOCK_M, NB, SUBS]), axis=2)
-                here = first + step * NB + tl.arange(0, NB)
-                candidate = (here >= low_block)[None, :] & (here[None, :] < high_of_row[:, None])
+            total = sum_parts(logits, highest)  # [BLOCK_M, SETS, 4]
+            if (step < closed_steps) | (step >= open_steps):
+                here = first + step * NB + block_of
+                candidate = (here >= low_block)[None, :, :] & (here[None, :, :] < high_of_row[:, None, None])
                 total = tl.where(candidate, total, 0.0)
-                sums += tl.sum(total, axis=1)
+            sums += tl.sum(total, axis=1)
+            if PARTS > 1:
+                total = tl.sum(tl.reshape(total, [BLOCK_M, SETS, 4 // PARTS, PARTS]), axis=3)
             packed += level(total, base) << (step % 4 * 8)
             if (step % 4 == 3) | (step == steps - 1):
                 words_at = scratch_ptr + step // 4 * (BLOCK_M * NB)
                 tl.store(words_at + noted, tl.reshape(packed, [BLOCK_M, NB]))
                 packed = tl.zeros_like(packed)
 
-        whole = 1.0 + (tl.sum(sums, axis=1) if TOGETHER else sums)
+        whole = 1.0 + tl.sum(sums, axis=1)
         cut = level(tl.minimum(threshold, 1.0) * whole, base)
         cut = tl.where(finite, tl.where(threshold < 1.0, cut, 128), 0)
         in_call = query_block < stop_block
@@ -281,85 +262,72 @@ def mass_hits(
     query: Tensor,
     key: Tensor,
     mean: Tensor,
-    mean_codes: Tensor,
-    mean_scale: Tensor,
-    var_codes: Tensor,
-    var_scale: Tensor,
-    nonfinite: Tensor,
-    bounds: Tensor,
+    moments: KeyMoments,
+    spec: MaskSpec,
+    structure: Structure | None,
+    score: ModLike,
     threshold: Tensor,
     scale: float,
-    block_q: int,
-    block_k: int,
-    sub_block: int,
-    pool: int,
-    sample: bool,
-    bits: int,
-    sink_tokens: int,
-    local_tokens: int,
+    grid: Grid,
+    options: MassOptions,
+    near: Near,
     budget: int,
 ) -> tuple[Tensor, Tensor]:
     """Candidate blocks whose estimated mass in some pooled row passes the threshold, as bits.
 
     Args:
-        query: ``[B, Hq, Sq, D]``.
-        key: ``[B, Hkv, Skv, D]``.
+        query: ``[B, Hq, Sq, D]``, any strides.
+        key: ``[B, Hkv, Skv, D]``, any strides.
         mean: float32 ``[B, Hkv, D]`` from `key_mean`.
-        mean_codes: From `quantize_moments` with the same `block_k`, `sub_block` and `bits`, and so are the next four.
-        mean_scale: Scales of the means.
-        var_codes: Codes of the variances.
-        var_scale: Scales of the variances.
-        nonfinite: Bits of the key blocks that are not finite: always hit.
-        bounds: int32 ``[B, 3]``.
+        moments: From `quantize_moments` with the same blocks, `sub_block` and `bits`.
+        spec: Who sees whom.
+        structure: From `block_structure` and `candidate_blocks`; None in plain causal attention, where candidates are a
+            span of blocks between sink and local window.
+        score: score_mod as jit function and what it reads, or None.
         threshold: float32 ``[Hq]``: share of a row's probability; 0 hits all candidates, 1 and more none.
         scale: Softmax scale.
-        block_q: Query rows a block.
-        block_k: Keys a block.
-        sub_block: Keys a sub-block; 1: scan every key, without variances.
-        pool: Query rows a pooled row.
-        sample: A pooled row is the last of its rows instead of their mean.
-        bits: 4 or 8.
-        sink_tokens: Blocks with one of so many first valid keys are no candidates.
-        local_tokens: Nor are blocks with one of so many keys up to a row's position.
-        budget: Candidates a query block may hit at most; where more pass, its rows' cut levels rise.
+        grid: Lengths and blocks.
+        options: How masses are estimated.
+        near: Which blocks are no candidates; without `structure`.
+        budget: Candidates a query block may hit at most; where more pass, its rows' cuts rise.
 
     Returns:
         int32 ``[B, Hq, nq, ceil(nk / 32)]``, and int32 ``[B, Hq, nq]``: hits given up for the budget.
     """
+    if structure is not None:
+        return masked_mass(query, key, mean, moments, spec, structure, score, threshold, scale, grid, options, budget)
     batch, heads, q_len, dim = query.shape
-    query_blocks = triton.cdiv(q_len, block_q)
-    words = nonfinite.shape[2]
+    query_blocks, words = grid.query_blocks, moments.nonfinite.shape[2]
     hits = query.new_empty(batch, heads, query_blocks, words, dtype=torch.int32)
     dropped = query.new_empty(batch, heads, query_blocks, dtype=torch.int32)
 
-    subs, rows, top = block_k // sub_block, block_q // pool, 2 ** (bits - 1) - 1
+    sub_block, bits = options.sub_block, options.bits
+    subs, rows, top = grid.block_k // sub_block, grid.block_q // options.pool, 2 ** (bits - 1) - 1
     square_top, var_top, square_unit = (126, 127, 128.0) if bits == 8 else (49, 15, 1.0)
-    options = tile_options(dim, rows, subs, sub_block > 1)
-    tile_blocks = options["BLOCK_M"] // rows
+    launch = tile_options(dim, rows, subs, sub_block > 1)
+    tile_blocks = launch["BLOCK_M"] // rows
     range_blocks = max(RANGE_BYTES // (batch * heads * rows * dim) // tile_blocks, 1) * tile_blocks
     largest = triton.cdiv(min(range_blocks, query_blocks), tile_blocks) * batch * heads
-    programs = min(largest, resident_programs(query.device, options["BLOCK_M"]))
+    programs = min(largest, resident_programs(query.device, launch["BLOCK_M"]))
     # A level is a byte, and four steps of a row share words.
-    groups = triton.cdiv(mean_codes.shape[2], 4 * options["BLOCK_N"])
-    scratch_words = options["BLOCK_M"] * (1 + groups * (options["BLOCK_N"] // subs))
+    groups = triton.cdiv(moments.mean_codes.shape[2], 4 * launch["BLOCK_N"])
+    scratch_words = launch["BLOCK_M"] * (1 + groups * (launch["BLOCK_N"] // subs))
     scratch = query.new_empty(programs, scratch_words, dtype=torch.int32)
     unit = LOG2E * 2.0**FRACTION
     width = 1 if sub_block > 1 else 2 ** rotation_stages(dim)
     for first in range(0, query_blocks, range_blocks):
         blocks = min(range_blocks, query_blocks - first)
         codes, squares, code_scale, reference = pool_queries(
-            query, key, mean, bounds, scale, block_q, block_k, pool, sample, bits, sink_tokens, local_tokens,
-            first, blocks, options["BLOCK_M"], sub_block > 1,
-        )  # fmt: skip
+            query, key, mean, spec.bounds, scale, grid, options, near, first, blocks, launch["BLOCK_M"]
+        )
         _mass_hits_kernel[(min(programs, triton.cdiv(blocks, tile_blocks) * batch * heads),)](
-            codes, squares, code_scale, reference, mean_codes, mean_scale, var_codes, var_scale, nonfinite, bounds,
-            threshold, scratch, hits, dropped,
-            q_len, batch * heads, first, first + blocks, codes.shape[2], mean_codes.shape[2], query_blocks, words,
-            scratch.stride(0), scale / width * unit, scale * scale / 2 * unit * square_unit,
-            127 - CENTER + math.log2(sub_block), HIGHEST, sink_tokens, local_tokens, budget,
+            codes, squares, code_scale, reference, *moments, spec.bounds, threshold, scratch, hits, dropped,
+            q_len, batch * heads, first, first + blocks, codes.shape[2], moments.mean_codes.shape[2], query_blocks,
+            words, scratch.stride(0), scale / width * unit, scale * scale / 2 * unit * square_unit,
+            127 - CENTER + math.log2(sub_block), HIGHEST, near.sink_tokens, near.local_tokens, budget,
             HEADS=heads, KV_HEADS=key.shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim),
-            BLOCK_Q=block_q, BLOCK_K=block_k, P=pool, SUBS=subs, MOMENTS=sub_block > 1, WIDE=bits == 8,
-            LIMIT=2**29 // (dim * top * top), SQUARE_LIMIT=2**29 // (dim * square_top * var_top),
-            CAP=round(2 * (sub_block - 1) * LOG2E * 2**FRACTION), CHUNK=512, enable_fp_fusion=False, **options,
+            BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k, P=options.pool, SUBS=subs, MOMENTS=sub_block > 1,
+            WIDE=bits == 8, LIMIT=2**29 // (dim * top * top), SQUARE_LIMIT=2**29 // (dim * square_top * var_top),
+            CAP=round(2 * (sub_block - 1) * LOG2E * 2**FRACTION), CHUNK=512, enable_fp_fusion=False, **launch,
         )  # fmt: skip
     return hits, dropped

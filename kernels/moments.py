@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import KeyMoments
 from .primitives import is_finite, nan_max, nearest_int8, rotated, rotation_stages, symmetric_scale
 
 STEP_ROWS = 256
@@ -136,9 +137,7 @@ def _quantize_moments_kernel(
     tl.atomic_or(nonfinite_ptr + bh * words + block // 32, bit, mask=bad, sem="relaxed")
 
 
-def quantize_moments(
-    key: Tensor, mean: Tensor, bounds: Tensor, block_k: int, sub_block: int, bits: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def quantize_moments(key: Tensor, mean: Tensor, bounds: Tensor, block_k: int, sub_block: int, bits: int) -> KeyMoments:
     """Codes of the mean and the variance of every sub-block of ``key - mean``, with a scale per key block each.
 
     Blocks with a key that is not valid, and blocks whose moments are not finite, have codes and scales 0.
@@ -173,4 +172,4 @@ def quantize_moments(
         TOP=2 ** (bits - 1) - 1, VAR_TOP=15 if bits == 4 else 127, STAGES=rotation_stages(dim),
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return mu, mu_scale, var, var_scale, nonfinite
+    return KeyMoments(mu, mu_scale, var, var_scale, nonfinite)

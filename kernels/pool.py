@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Pooled query rows: their codes, and what their own sink and local keys weigh (docs/semantics.md, "The mass rule").
 
-Entry point: `pool_queries`. A program takes a few rows of some heads, pools their rows, quantises them, and takes
-the exact softmax sum over the keys that are no candidates: the sink's blocks, and those from the local window on. Heads
-that share keys go together, so that a tile of keys is read once for them.
+Entry points: `pool_queries`, and for calls under mods `pool_rows`. A program of the first takes a few rows of some
+heads, pools their rows, quantises them, and takes the exact softmax sum over the keys that are no candidates: the
+sink's blocks, and those from the local window on. Heads that share keys go together, so that a tile of keys is read
+once for them. The second leaves that sum to `masked_mass`, because it depends on the mods.
 """
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import Grid, MassOptions, Near
 from .primitives import is_finite, rotated, rotation_stages, row_codes, squared_codes
 
 LOG2E = 1.4426950408889634
@@ -49,6 +51,46 @@ def _accumulate(
     safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     total = total * tl.exp2(peak - safe) + tl.sum(tl.exp2(logits - safe[:, None]), axis=1)
     return new_peak, total
+
+
+@triton.jit
+def _pooled(
+    query_ptr, stride_h, stride_s, head, row, offset, start, end, q_len, in_head, P: tl.constexpr,
+    SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """Pooled rows in the queries' dtype ``[R, BLOCK_D]``, and the position of each one's last real row, -1 for none.
+
+    Args:
+        query_ptr: The batch row's queries, at the channels of the tile: pointers ``[1, BLOCK_D]``.
+        stride_h: From head to head.
+        stride_s: From row to row.
+        head: Query heads, int64 ``[R]``.
+        row: Pooled rows of the call, ``[R]``.
+        offset: Key position of query row 0.
+        start: First valid key.
+        end: One past the last valid key.
+        q_len: Sq.
+        in_head: Which channels there are, int1 ``[1, BLOCK_D]``.
+        P: Query rows a pooled row.
+        SAMPLE: Whether the last real row of a pool stands for it, instead of the mean.
+    """
+    pooled = tl.zeros([row.shape[0], in_head.shape[1]], tl.float32)
+    count = tl.zeros([row.shape[0]], tl.int32)
+    position = tl.full([row.shape[0]], -1, tl.int32)
+    for member in tl.static_range(P):
+        source = row * P + member
+        real = (source < q_len) & (offset + source >= start) & (offset + source < end)
+        pointers = query_ptr + (head * stride_h + source.to(tl.int64) * stride_s)[:, None]
+        query = tl.load(pointers, mask=real[:, None] & in_head, other=0.0).to(tl.float32)
+        if SAMPLE:
+            pooled = tl.where(real[:, None], query, pooled)
+        else:
+            pooled += query
+        count += real.to(tl.int32)
+        position = tl.where(real, offset + source, position)
+    if not SAMPLE:
+        pooled *= tl.math.div_rn(1.0, tl.maximum(count, 1).to(tl.float32))[:, None]
+    return pooled.to(query_ptr.dtype.element_ty), position
 
 
 @triton.jit
@@ -114,31 +156,17 @@ def _pool_queries_kernel(
     bh = first_head + tl.arange(0, BLOCK_R) // ROWS
     offsets_d = tl.arange(0, BLOCK_D)
     query_ptr += batch * stride_qb + offsets_d[None, :] * stride_qd
-    pooled = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    count = tl.zeros([BLOCK_R], tl.int32)
-    position = tl.full([BLOCK_R], -1, tl.int32)  # of the last real row
-    for member in tl.static_range(P):
-        source = row * P + member
-        real = (source < q_len) & (offset + source >= start) & (offset + source < end)
-        pointers = query_ptr + ((bh % HEADS) * stride_qh + source.to(tl.int64) * stride_qs)[:, None]
-        query = tl.load(pointers, mask=real[:, None] & (offsets_d < D)[None, :], other=0.0).to(tl.float32)
-        if SAMPLE:
-            pooled = tl.where(real[:, None], query, pooled)
-        else:
-            pooled += query
-        count += real.to(tl.int32)
-        position = tl.where(real, offset + source, position)
-    if not SAMPLE:
-        pooled *= tl.math.div_rn(1.0, tl.maximum(count, 1).to(tl.float32))[:, None]
-
-    rounded = pooled.to(query_ptr.dtype.element_ty)
+    in_head = (offsets_d < D)[None, :]
+    rounded, position = _pooled(
+        query_ptr, stride_qh, stride_qs, bh % HEADS, row, offset, start, end, q_len, in_head, P, SAMPLE
+    )
     pooled = rounded.to(tl.float32)
     codes, code_scale = row_codes(pooled if SQUARES else rotated(pooled, STAGES), TOP)
     out = bh * padded_rows + local_row
-    tl.store(codes_ptr + out[:, None] * D + offsets_d[None, :], codes, mask=(offsets_d < D)[None, :])
+    tl.store(codes_ptr + out[:, None] * D + offsets_d[None, :], codes, mask=in_head)
     if SQUARES:
         squares_at = squares_ptr + out[:, None] * D + offsets_d[None, :]
-        tl.store(squares_at, squared_codes(codes, TOP), mask=(offsets_d < D)[None, :])
+        tl.store(squares_at, squared_codes(codes, TOP), mask=in_head)
     tl.store(scale_ptr + out, code_scale)
 
     # Keys in candidate blocks, from `sink_end` up to the row's `near`, are left to the estimate.
@@ -165,8 +193,72 @@ def _pool_queries_kernel(
             peak, total, rounded, key_ptr, stride_ks, stride_kd, at, last + 1, shift, logit_scale, allowed, D, BLOCK_D
         )
     # Padding is +inf above everything, so that it hits nothing.
-    reference = tl.where(count > 0, peak + tl.log2(total), float("inf"))
+    reference = tl.where(position >= 0, peak + tl.log2(total), float("inf"))
     tl.store(reference_ptr + out, reference)
+
+
+@triton.jit
+def _pool_rows_kernel(
+    query_ptr, stride_b, stride_h, stride_s, stride_d, mean_ptr, bounds_ptr,
+    rows_ptr, codes_ptr, squares_ptr, scale_ptr, shift_ptr,
+    logit_scale, q_len, row_count, tiles, heads, group,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr, SAMPLE: tl.constexpr, TOP: tl.constexpr,
+    SQUARES: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R pooled rows of one head.
+
+    Args:
+        query_ptr: Queries ``[B, Hq, Sq, D]``.
+        stride_b: From batch row to batch row.
+        stride_h: From head to head.
+        stride_s: From row to row.
+        stride_d: From channel to channel.
+        mean_ptr: Smoothing mean, float32 ``[B, Hkv, D]``.
+        bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
+        rows_ptr: Result: pooled rows ``[B, Hq, R, D]``, the queries' dtype.
+        codes_ptr: Result: codes of the rows, int8 ``[B, Hq, R, D]``.
+        squares_ptr: Result: codes of `squared_codes`, int8 ``[B, Hq, R, D]``; not written unless SQUARES.
+        scale_ptr: Result: scales of the codes, float32 ``[B, Hq, R]``; NaN for a row that is not finite.
+        shift_ptr: Result: logits of the smoothing mean, float32 ``[B, Hq, R]``.
+        logit_scale: Softmax scale.
+        q_len: Sq.
+        row_count: R.
+        tiles: Programs a head.
+        heads: Hq.
+        group: Query heads a KV head.
+        D: Channels.
+        BLOCK_D: Channels, rounded up to a power of two.
+        P: Query rows a pooled row.
+        SAMPLE: Whether the last real row of a pool stands for it, instead of the mean.
+        TOP: Largest code: 7 or 127.
+        SQUARES: Whether squares of codes are wanted; codes are then not rotated.
+        STAGES: Stages of the rotation: log2 of the channels that it mixes; not used if SQUARES.
+        BLOCK_R: Pooled rows a program.
+    """
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    batch = bh // heads
+    offset = tl.load(bounds_ptr + batch * 3)
+    start = tl.load(bounds_ptr + batch * 3 + 1)
+    end = tl.load(bounds_ptr + batch * 3 + 2)
+    row = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_head = (offsets_d < D)[None, :]
+    query_ptr += batch * stride_b + offsets_d[None, :] * stride_d
+    head = tl.zeros([BLOCK_R], tl.int64) + bh % heads
+    rounded, _ = _pooled(query_ptr, stride_h, stride_s, head, row, offset, start, end, q_len, in_head, P, SAMPLE)
+    pooled = rounded.to(tl.float32)
+    codes, code_scale = row_codes(pooled if SQUARES else rotated(pooled, STAGES), TOP)
+    at = bh * row_count + row
+    there = row < row_count
+    elements = at[:, None] * D + offsets_d[None, :]
+    mask = there[:, None] & in_head
+    tl.store(rows_ptr + elements, rounded, mask=mask)
+    tl.store(codes_ptr + elements, codes, mask=mask)
+    if SQUARES:
+        tl.store(squares_ptr + elements, squared_codes(codes, TOP), mask=mask)
+    tl.store(scale_ptr + at, code_scale, mask=there)
+    mean = tl.load(mean_ptr + bh // group * D + offsets_d, mask=offsets_d < D, other=0.0)
+    tl.store(shift_ptr + at, tl.sum(pooled * mean[None, :], axis=1) * logit_scale, mask=there)
 
 
 def tile_options(head_dim: int, element_size: int) -> dict[str, int]:
@@ -181,17 +273,12 @@ def pool_queries(
     mean: Tensor,
     bounds: Tensor,
     scale: float,
-    block_q: int,
-    block_k: int,
-    pool: int,
-    sample: bool,
-    bits: int,
-    sink_tokens: int,
-    local_tokens: int,
+    grid: Grid,
+    options: MassOptions,
+    near: Near,
     first_block: int,
     blocks: int,
     row_multiple: int,
-    squares: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pooled rows of the query blocks from `first_block` on, and the base-2 logarithm of their exact part.
 
@@ -201,18 +288,13 @@ def pool_queries(
         mean: float32 ``[B, Hkv, D]``, the smoothing mean.
         bounds: int32 ``[B, 3]``.
         scale: Softmax scale.
-        block_q: Query rows a block.
-        block_k: Keys a block.
-        pool: Query rows a pooled row, a divisor of `block_q`.
-        sample: Take the last real row of each pool instead of the mean.
-        bits: 4 or 8.
-        sink_tokens: First valid keys whose blocks are no candidates.
-        local_tokens: Keys up to a row's position whose blocks are no candidates.
+        grid: Lengths and blocks.
+        options: How rows are pooled and coded. Moments want the squares of the codes as well; codes that meet single
+            keys are rotated like those.
+        near: Blocks that are no candidates.
         first_block: First query block.
         blocks: How many query blocks.
         row_multiple: The results have rows up to a multiple of this, at least 64, a power of two.
-        squares: Whether the squares of the codes are wanted, as moments want them; codes that meet single keys are
-            rotated like those.
 
     Returns:
         Codes int8 ``[B, Hq, R, D]``; their squares, in 8 bits divided by 128 and rounded (R = 0 if not wanted); scales
@@ -220,19 +302,67 @@ def pool_queries(
         sum of exponentials over visible keys in no candidate block, +inf for padding.
     """
     batch, heads, q_len, dim = query.shape
-    rows = block_q // pool
+    rows, squares = grid.block_q // options.pool, options.sub_block > 1
     padded = triton.cdiv(blocks * rows, row_multiple) * row_multiple
     codes = query.new_empty(batch, heads, padded, dim, dtype=torch.int8)
     square_codes = query.new_empty(batch, heads, padded if squares else 0, dim, dtype=torch.int8)
     code_scale, reference = (query.new_empty(batch, heads, padded, dtype=torch.float32) for _ in range(2))
-    options = tile_options(dim, query.element_size())
+    launch = tile_options(dim, query.element_size())
     group = heads // key.shape[1]
-    together = min(group & -group, options["BLOCK_R"] // 16)  # a power of two that divides the group
-    _pool_queries_kernel[(padded // (options["BLOCK_R"] // together), batch * heads // together)](
+    together = min(group & -group, launch["BLOCK_R"] // 16)  # a power of two that divides the group
+    _pool_queries_kernel[(padded // (launch["BLOCK_R"] // together), batch * heads // together)](
         query, *query.stride(), key, *key.stride(), mean, bounds, codes, square_codes, code_scale, reference,
-        scale * LOG2E, q_len, first_block * rows, padded, sink_tokens, local_tokens,
+        scale * LOG2E, q_len, first_block * rows, padded, near.sink_tokens, near.local_tokens,
         HEADS=heads, KV_HEADS=key.shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim),
-        P=pool, SAMPLE=sample, TOP=2 ** (bits - 1) - 1, SQUARES=squares, STAGES=rotation_stages(dim),
-        BLOCK_Q=block_q, BLOCK_K=block_k, TOGETHER=together, enable_fp_fusion=False, **options,
+        P=options.pool, SAMPLE=options.sample, TOP=2 ** (options.bits - 1) - 1, SQUARES=squares,
+        STAGES=rotation_stages(dim), BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k, TOGETHER=together,
+        enable_fp_fusion=False, **launch,
     )  # fmt: skip
     return codes, square_codes, code_scale, reference
+
+
+def pool_rows(
+    query: Tensor,
+    mean: Tensor,
+    bounds: Tensor,
+    scale: float,
+    block_q: int,
+    pool: int,
+    sample: bool,
+    bits: int,
+    squares: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pooled rows of all query blocks; what their own sink and local keys weigh depends on the mods.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, any strides.
+        mean: float32 ``[B, Hkv, D]``, the smoothing mean.
+        bounds: int32 ``[B, 3]``.
+        scale: Softmax scale.
+        block_q: Query rows a block.
+        pool: Query rows a pooled row, a divisor of `block_q`.
+        sample: Take the last real row of each pool instead of the mean.
+        bits: 4 or 8.
+        squares: Whether the squares of the codes are wanted, as moments want them; codes that meet single keys are
+            rotated like those.
+
+    Returns:
+        Rows ``[B, Hq, R, D]`` in the query's dtype, ``R = nq * block_q / pool``, 0 where no row is real; their codes
+        int8; squares of the codes int8, in 8 bits divided by 128 and rounded (R = 0 if not wanted); scales float32
+        ``[B, Hq, R]`` (NaN: a row that is not finite); and float32 ``[B, Hq, R]``: `scale` times row times `mean`.
+    """
+    batch, heads, q_len, dim = query.shape
+    count = triton.cdiv(q_len, block_q) * block_q // pool
+    rows = query.new_empty(batch, heads, count, dim)
+    codes = query.new_empty(batch, heads, count, dim, dtype=torch.int8)
+    square_codes = query.new_empty(batch, heads, count if squares else 0, dim, dtype=torch.int8)
+    code_scale, shift = (query.new_empty(batch, heads, count, dtype=torch.float32) for _ in range(2))
+    tile = 32
+    tiles = triton.cdiv(count, tile)
+    _pool_rows_kernel[(tiles * batch * heads,)](
+        query, *query.stride(), mean, bounds, rows, codes, square_codes, code_scale, shift,
+        scale, q_len, count, tiles, heads, heads // mean.shape[1],
+        D=dim, BLOCK_D=triton.next_power_of_2(dim), P=pool, SAMPLE=sample, TOP=2 ** (bits - 1) - 1, SQUARES=squares,
+        STAGES=rotation_stages(dim), BLOCK_R=tile, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return rows, codes, square_codes, code_scale, shift

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import Grid, MaskSpec, ModLike, Near, Structure
+from .masked_relative import masked_limits
 from .quantize import CODE_ROWS
 
 
@@ -136,42 +138,50 @@ def _row_limits_kernel(
 
 def row_limits(
     query: Tensor,
+    query_scale: Tensor,
     key: Tensor,
     mean: Tensor,
-    query_scale: Tensor,
-    bounds: Tensor,
+    spec: MaskSpec,
+    structure: Structure | None,
+    score: ModLike,
     threshold: Tensor,
     scale: float,
-    sink_tokens: int,
-    local_tokens: int,
-) -> Tensor:
-    """What ``max_j codes_i . codes_j * key_scale`` must reach for row i to keep a block.
+    grid: Grid,
+    near: Near,
+) -> tuple[Tensor, Tensor]:
+    """What row i's scores must reach to keep a block: the log-sum-exp over its sink and local keys, plus ln threshold.
 
     Args:
         query: ``[B, Hq, Sq, D]``, any strides.
+        query_scale: float32 ``[B, Hq, Sq]`` from `quantize_rows`.
         key: ``[B, Hkv, Skv, D]``, any strides, the query's dtype.
         mean: float32 ``[B, Hkv, D]``, the keys' smoothing mean.
-        query_scale: float32 ``[B, Hq, Sq]`` from `quantize_rows`.
-        bounds: int32 ``[B, 3]``.
+        spec: Who sees whom; its mask is the mask_mod as jit function and what it reads, or None.
+        structure: From `block_structure` and `candidate_blocks`; None in plain causal attention.
+        score: score_mod as jit function and what it reads, or None.
         threshold: float32 ``[Hq]``, relative attention score.
         scale: Softmax scale.
-        sink_tokens: First valid keys in the statistics.
-        local_tokens: Last keys up to the row's position in the statistics.
+        grid: Lengths and blocks.
+        near: Sink keys, from a row's first one on, and local keys that are in the statistics.
 
     Returns:
-        float32 ``[B, Hq, ceil(Sq / 128) * 128]``; +inf for rows that are padding.
+        The limit, float32 ``[B, Hq, ceil(Sq / 128) * 128]``, +inf for rows that see nothing: what
+        ``max_j codes_i . codes_j * key_scale`` must reach, or with a score_mod a logit. And of the same shape `scale`
+        times row times `mean`, where there is a score_mod.
     """
+    if structure is not None:
+        return masked_limits(query, query_scale, key, mean, spec, structure, score, threshold, scale, grid, near)
     batch, heads, q_len, dim = query.shape
     padded = triton.cdiv(q_len, CODE_ROWS) * CODE_ROWS
-    limit = query.new_empty(batch, heads, padded, dtype=torch.float32)
+    limit, shift = (query.new_empty(batch, heads, padded, dtype=torch.float32) for _ in range(2))
     block_d = triton.next_power_of_2(dim)
     # Tiles of at most 16 KiB of queries and 8 KiB of keys fit every supported GPU's shared memory. The loops are short:
     # a pipeline would cost more than it hides.
     block_m = max(16, min(64, 16384 // (block_d * query.element_size())))
     _row_limits_kernel[(padded // block_m, batch * heads)](
-        query, *query.stride(), key, *key.stride(), mean, query_scale, bounds, threshold, limit,
-        scale, q_len, padded, sink_tokens, local_tokens,
+        query, *query.stride(), key, *key.stride(), mean, query_scale, spec.bounds, threshold, limit,
+        scale, q_len, padded, near.sink_tokens, near.local_tokens,
         HEADS=heads, KV_HEADS=key.shape[1], D=dim, BLOCK_D=block_d,
         BLOCK_M=block_m, BLOCK_N=max(16, block_m // 2), num_warps=4, num_stages=1,
     )  # fmt: skip
-    return limit
+    return limit, shift

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import Grid, MaskSpec, ModLike, Structure
+from .masked_relative import masked_scan
 from .primitives import bit_or
 
 
@@ -170,45 +172,51 @@ def tile_options(head_dim: int, block_k: int) -> dict[str, int]:
 
 def scan_max(
     query_codes: Tensor,
-    limit: Tensor,
+    query_scale: Tensor,
     key_codes: Tensor,
     key_scale: Tensor,
-    bounds: Tensor,
-    q_len: int,
-    kv_len: int,
-    block_q: int,
-    block_k: int,
+    limit: Tensor,
+    shift: Tensor,
+    spec: MaskSpec,
+    structure: Structure | None,
+    score: ModLike,
+    scale: float,
+    grid: Grid,
     local_tokens: int,
-    from_zero: bool,
+    no_left_padding: bool,
 ) -> Tensor:
-    """Blocks with an element that reaches its row's limit, as bits.
+    """Candidate blocks with an element that reaches its row's limit, as bits.
 
     Args:
         query_codes: int8 ``[B, Hq, R, D]`` from `quantize_rows`, R the padded rows.
-        limit: float32 ``[B, Hq, R]`` from `row_limits`.
-        key_codes: int8 ``[B, Hkv, R', D]`` from `quantize_groups` with ``group = block_k``.
+        query_scale: float32 ``[B, Hq, Sq]``, likewise.
+        key_codes: int8 ``[B, Hkv, R', D]`` from `quantize_groups`, in groups of a block's keys.
         key_scale: float32 ``[B, Hkv, R' / block_k]``.
-        bounds: int32 ``[B, 3]``.
-        q_len: Sq.
-        kv_len: Skv.
-        block_q: Query rows a block.
-        block_k: Keys a block.
+        limit: float32 ``[B, Hq, R]`` from `row_limits`.
+        shift: float32 ``[B, Hq, R]``, likewise.
+        spec: Who sees whom; its mask is the mask_mod as jit function and what it reads, or None.
+        structure: From `block_structure` and `candidate_blocks`; None in plain causal attention.
+        score: score_mod as jit function and what it reads, or None.
+        scale: Softmax scale.
+        grid: Lengths and blocks.
         local_tokens: Blocks in the local window are not scanned.
-        from_zero: The caller knows that every batch row's first valid key is key 0, so that blocks and groups of keys
-            are the same.
+        no_left_padding: The caller knows that every batch row's first valid key is key 0, so that blocks and groups of
+            keys are the same.
 
     Returns:
         int32 ``[B, Hq, nq, ceil(nk / 32)]``: bit ``j % 32`` of word ``j // 32`` is key block j. Bits of blocks that are
         always kept or not visible mean nothing.
     """
+    if structure is not None:
+        return masked_scan(
+            query_codes, query_scale, key_codes, key_scale, limit, shift, spec, structure, score, scale, grid
+        )
     batch, heads, query_rows, dim = query_codes.shape
-    query_blocks = triton.cdiv(q_len, block_q)
-    words = triton.cdiv(triton.cdiv(kv_len, block_k), 32)
-    hits = query_codes.new_zeros(batch, heads, query_blocks, words, dtype=torch.int32)
+    hits = query_codes.new_zeros(batch, heads, grid.query_blocks, grid.words, dtype=torch.int32)
     _scan_max_kernel[(query_rows // 128, batch * heads)](
-        query_codes, limit, key_codes, key_scale, bounds, hits,
-        q_len, query_rows, key_codes.shape[2], query_blocks, words, local_tokens,
+        query_codes, limit, key_codes, key_scale, spec.bounds, hits,
+        grid.q_len, query_rows, key_codes.shape[2], grid.query_blocks, grid.words, local_tokens,
         HEADS=heads, KV_HEADS=key_codes.shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim),
-        BLOCK_Q=block_q, BLOCK_K=block_k, FROM_ZERO=from_zero, **tile_options(dim, block_k),
+        BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k, FROM_ZERO=no_left_padding, **tile_options(dim, grid.block_k),
     )  # fmt: skip
     return hits

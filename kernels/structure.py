@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the rows of a programmed call see, block by block, and the lists of blocks to weigh.
+"""What the rows of a call under mods see, block by block, and the lists of blocks to weigh.
 
-Entry points: `block_structure` and `block_lists`. The first asks the mask about every element that positions and the
-caller's promise leave open, and nothing of it is reduced on the way: each element of a tile keeps one bit per key block
-in a word of its own, and 32 blocks later one OR and one AND over the tile give the words of visible and of full blocks,
-the lowest and the highest bit each row's first and last key. The second sorts blocks by what has to be known of them.
+Entry points: `block_structure` and `candidate_blocks`. The first asks the mask about every element that positions and
+the caller's promise leave open, and nothing of it is reduced on the way: each element of a tile keeps one bit per key
+block in a word of its own, and 32 blocks later one OR and one AND over the tile give the words of visible and of full
+blocks, the lowest and the highest bit each row's first and last key. The second sorts blocks by what has to be known.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import BlockVisibility, CandidateBlocks, Grid, MaskSpec, ModLike, Near
 from .primitives import bit_or
-from .seen import allowed, at_head, listed_arguments, mod_arguments, seen
+from .visibility import allowed, at_head, listed_arguments, mod_arguments, sees_key
 
 NOTHING = 2**30
 """First key of a row that sees none; its last is -1."""
@@ -131,7 +130,7 @@ def _structure_kernel(
         open_stop = tl.where(real, tl.minimum(tl.maximum(open_high, open_begin), stop), open_begin)
         bits = tl.zeros([BLOCK_Q, BLOCK_K], tl.int32)
         for block in range(begin, open_begin):
-            sees = seen(
+            sees = sees_key(
                 b, h, q, block * BLOCK_K + column, block * BLOCK_K, offset, start, end, q_len, kv_len,
                 listed_ptr, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_K,
             )  # fmt: skip
@@ -143,7 +142,7 @@ def _structure_kernel(
             )  # fmt: skip
             bits = tl.where(sees, bits | (one << (block % 32)), bits)
         for block in range(open_stop, stop):
-            sees = seen(
+            sees = sees_key(
                 b, h, q, block * BLOCK_K + column, block * BLOCK_K, offset, start, end, q_len, kv_len,
                 listed_ptr, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_K,
             )  # fmt: skip
@@ -312,106 +311,58 @@ def _lists_kernel(
             whole_at += tl.sum(whole_number)
 
 
-def block_structure(
-    bounds: Tensor,
-    causal: bool,
-    mask: Any,
-    key_range: Any,
-    listed: Tensor | None,
-    listed_q: int,
-    listed_k: int,
-    heads: int,
-    q_len: int,
-    kv_len: int,
-    block_q: int,
-    block_k: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def block_structure(spec: MaskSpec, key_range: ModLike, heads: int, grid: Grid) -> BlockVisibility:
     """Bits of visible and of full blocks, and the first and the last key that every row sees.
 
     Args:
-        bounds: int32 ``[B, 3]``.
-        causal: Whether a row sees keys up to its position only.
-        mask: mask_mod as jit function and what it reads, or None.
+        spec: Who sees whom; its mask is the mask_mod as jit function and what it reads, or None.
         key_range: A function of the first and the last row of a query block, in the same form, that gives the first and
             the last key that one of them may see, or None. A promise: other keys are not looked at.
-        listed: The caller's block mask as bits, int32 ``[1 or B, 1 or Hs, nq', ceil(nk' / 32)]``, or None.
-        listed_q: Query rows a block of the caller's block mask.
-        listed_k: Keys a block of the caller's block mask.
         heads: Hs: 1 if all heads see the same, or Hq.
-        q_len: Sq.
-        kv_len: Skv.
-        block_q: Query rows a block.
-        block_k: Keys a block.
+        grid: Lengths and blocks.
 
     Returns:
-        Visible and full blocks, int32 ``[B, Hs, nq, ceil(nk / 32)]``: bit ``j % 32`` of word ``j // 32`` is key block
-        j, and elements outside the tensors do not keep a block from being full. Then int32
-        ``[B, Hs, 2, nq * block_q]``: first and last key of every row, 2**30 and -1 if it sees none.
+        Bit ``j % 32`` of word ``j // 32`` is key block j, and elements outside the tensors do not keep a block from
+        being full.
     """
-    batch = bounds.shape[0]
-    query_blocks = triton.cdiv(q_len, block_q)
-    words = triton.cdiv(triton.cdiv(kv_len, block_k), 32)
-    visible, full = (bounds.new_zeros(batch, heads, query_blocks, words) for _ in range(2))
-    rows = bounds.new_full((batch, heads, 2, query_blocks * block_q), -1)
+    batch, query_blocks, words = spec.bounds.shape[0], grid.query_blocks, grid.words
+    visible, full = (spec.bounds.new_zeros(batch, heads, query_blocks, words) for _ in range(2))
+    rows = spec.bounds.new_full((batch, heads, 2, query_blocks * grid.block_q), -1)
     rows[:, :, 0] = NOTHING
-    listed_tensor, listed_b, listed_h, listed_words = listed_arguments(listed, bounds)
-    mask_function, mask_aux = mod_arguments(mask)
+    listed, listed_b, listed_h, listed_words = listed_arguments(spec)
+    mask_function, mask_aux = mod_arguments(spec.mask)
     range_function, range_aux = mod_arguments(key_range)
     _structure_kernel[(query_blocks * triton.cdiv(words, WORDS), batch * heads)](
-        bounds, listed_tensor, listed_b, listed_h, listed_words, mask_aux, range_aux, visible, full, rows,
-        q_len, kv_len, query_blocks, words, heads,
-        CAUSAL=causal, MASK=mask_function, RANGE=range_function,
-        LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
-        BLOCK_Q=block_q, BLOCK_K=block_k, WORDS=WORDS, num_warps=min(16, block_q * block_k // 512), maxnreg=128,
+        spec.bounds, listed, listed_b, listed_h, listed_words, mask_aux, range_aux, visible, full, rows,
+        grid.q_len, grid.kv_len, query_blocks, words, heads,
+        CAUSAL=spec.causal, MASK=mask_function, RANGE=range_function,
+        LISTED_Q=0 if spec.listed is None else spec.listed_q, LISTED_K=spec.listed_k,
+        BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k, WORDS=WORDS,
+        num_warps=min(16, grid.block_q * grid.block_k // 512), maxnreg=128,
     )  # fmt: skip
-    return visible, full, rows
+    return BlockVisibility(visible, full, rows)
 
 
-def block_lists(
-    visible: Tensor,
-    full: Tensor,
-    rows: Tensor,
-    bounds: Tensor,
-    causal: bool,
-    q_len: int,
-    kv_len: int,
-    block_q: int,
-    block_k: int,
-    sink_tokens: int,
-    local_tokens: int,
-    min_length: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks that are always kept, and every query block's list.
+def candidate_blocks(
+    visibility: BlockVisibility, bounds: Tensor, causal: bool, grid: Grid, near: Near
+) -> CandidateBlocks:
+    """Blocks that are always kept, and every query block's list: partial candidates have to be weighed by element.
 
     Args:
-        visible: Bits of visible blocks, from `block_structure`.
-        full: Bits of full blocks, from `block_structure`.
-        rows: First and last keys of rows, from `block_structure`.
+        visibility: From `block_structure`.
         bounds: int32 ``[B, 3]``.
         causal: Whether local keys end at the row.
-        q_len: Sq.
-        kv_len: Skv.
-        block_q: Query rows a block.
-        block_k: Keys a block.
-        sink_tokens: Keys from a row's first on whose blocks are always kept.
-        local_tokens: Keys up to a row's position (without `causal`, also from it on) whose blocks are always kept.
-        min_length: Rows whose first and last key are closer than this keep all that lies between.
-
-    Returns:
-        Always-kept blocks, int32 as `visible`; int32 ``[B, Hs, nq, 3]``: how many blocks are always kept, partial
-        candidates (those that have to be weighed element by element) and whole candidates; and int32
-        ``[B, Hs, nq, nk]``: ascending always-kept blocks, ascending partial, ascending whole candidates. What follows
-        is not written.
+        grid: Lengths and blocks.
+        near: Which blocks are always kept.
     """
+    visible = visibility.visible
     batch, heads, query_blocks, words = visible.shape
-    key_blocks = triton.cdiv(kv_len, block_k)
     always = torch.empty_like(visible)
     counts = visible.new_empty(batch, heads, query_blocks, 3)
-    lists = visible.new_empty(batch, heads, query_blocks, key_blocks)
+    lists = visible.new_empty(batch, heads, query_blocks, grid.key_blocks)
     _lists_kernel[(batch * heads * query_blocks,)](
-        visible, full, rows, bounds, always, counts, lists,
-        query_blocks, key_blocks, words, heads, sink_tokens, local_tokens, min_length,
-        CAUSAL=causal, BLOCK_Q=block_q, BLOCK_K=block_k,
+        *visibility, bounds, always, counts, lists, query_blocks, grid.key_blocks, words, heads, *near,
+        CAUSAL=causal, BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k,
         WORDS=min(LIST_WORDS, max(4, triton.next_power_of_2(words))), num_warps=4,
     )  # fmt: skip
-    return always, counts, lists
+    return CandidateBlocks(always, counts, lists)

@@ -4,12 +4,12 @@
 from sale_flex import mods as mods
 from sale_flex.attention import AuxOutput, AuxRequest, sale_attention
 from sale_flex.block_mask import MaskResult, create_sale_block_mask
-from sale_flex.blocks.mask_spec import Structure
 from sale_flex.blocks.packing import pack_int4, unpack_int4
 from sale_flex.calibration import Calibration, calibrate
 from sale_flex.call.facts import Call
 from sale_flex.config import SaleConfig
 from sale_flex.flex.run import flex_kernel_options
+from sale_flex.kernels.arguments import Structure
 from sale_flex.selection.key_codes import KeyCodes
 from sale_flex.selection.rules import Mass, Relative, Rule, Selection, register_rule
 from sale_flex.stats import Audit, Path, SaleStats

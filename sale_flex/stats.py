@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sale_flex.blocks.bits import count_bits
-from sale_flex.blocks.geometry import Grid, visible_count
+from sale_flex.blocks.geometry import visible_count
+from sale_flex.kernels.arguments import Grid
 
 
 class Path(Enum):
@@ -111,7 +112,7 @@ class SaleStats(NamedTuple):
 
 def plain_stats(
     kept: Tensor,
-    dropped: Tensor | None,
+    lost: Tensor,
     audit: Audit | None,
     bounds: Tensor,
     grid: Grid,
@@ -123,7 +124,7 @@ def plain_stats(
 
     Args:
         kept: int64 ``[B, Hq]``: blocks in its lists.
-        dropped: int32 ``[B, Hq, nq]``: what found no room, or None.
+        lost: int32 ``[B, Hq, nq]``: what found no room.
         audit: What was missed, or None.
         bounds: int32 ``[B, 3]``.
         grid: Lengths and blocks.
@@ -131,11 +132,10 @@ def plain_stats(
         reason: Why.
         dense_rows: First rows, whole blocks, that are in no list and are computed densely.
     """
-    lost = torch.zeros_like(kept) if dropped is None else dropped.sum(-1)
     visible = visible_count(bounds, grid)[:, None].expand_as(kept)
     if dense_rows:
         kept = kept + visible_count(bounds, grid._replace(q_len=dense_rows))[:, None]
-    return SaleStats(kept, visible, lost, no_audit(kept) if audit is None else audit, path, reason, dense_rows)
+    return SaleStats(kept, visible, lost.sum(-1), no_audit(kept) if audit is None else audit, path, reason, dense_rows)
 
 
 def masked_stats(

@@ -9,29 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class Grid(NamedTuple):
-    """Lengths in tokens and block sizes of one attention map."""
-
-    q_len: int
-    kv_len: int
-    block_q: int
-    block_k: int
-
-    @property
-    def query_blocks(self) -> int:
-        """Blocks of query rows, the last one ragged."""
-        return (self.q_len + self.block_q - 1) // self.block_q
-
-    @property
-    def key_blocks(self) -> int:
-        """Blocks of keys, the last one ragged."""
-        return (self.kv_len + self.block_k - 1) // self.block_k
-
-    @property
-    def words(self) -> int:
-        """32-bit words that hold one bit per key block."""
-        return (self.key_blocks + 31) // 32
+from sale_flex.kernels.arguments import Grid
 
 
 class Spans(NamedTuple):

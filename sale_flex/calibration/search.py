@@ -11,7 +11,6 @@ from torch import Tensor
 from sale_flex import ops
 from sale_flex.attention import AuxRequest, sale_attention
 from sale_flex.blocks.bits import pack_bits
-from sale_flex.blocks.mask_spec import Structure
 from sale_flex.calibration.goal import Goal
 from sale_flex.call.facts import EVERY_ROW, check_arguments, make_bounds, settle
 from sale_flex.call.facts import Call as SettledCall
@@ -19,6 +18,7 @@ from sale_flex.call.stages import Choice, block_mask, list_blocks
 from sale_flex.call.user_mods import UserMods
 from sale_flex.config import SaleConfig
 from sale_flex.flex.run import run_flex
+from sale_flex.kernels.arguments import Structure
 from sale_flex.selection.rules import Rule, Selection
 from sale_flex.stats import SaleStats
 
@@ -43,7 +43,7 @@ class _Nothing(Rule):
 
     name: ClassVar[str] = "nothing"
 
-    def select(self, call: SettledCall, codes: tuple[Tensor, ...], structure: Structure | None) -> Selection:
+    def select(self, call: SettledCall, codes: tuple[Any, ...], structure: Structure | None) -> Selection:
         grid = call.grid
         return Selection(call.bounds.new_zeros(*call.query.shape[:2], grid.query_blocks, grid.words))
 

@@ -9,9 +9,9 @@ it sees, at a hundredth of dense attention's cost. What it wants are the blocks 
 import torch
 from torch import Tensor
 
-from sale_flex.blocks.mask_spec import Mod, Structure, causal_spec
+from sale_flex import ops
 from sale_flex.call.facts import Call
-from sale_flex.ops import listed as listed_ops
+from sale_flex.kernels.arguments import Structure
 from sale_flex.stats import Audit
 
 WANTED = 0.05
@@ -27,27 +27,18 @@ def audit(call: Call, hits: Tensor, nonfinite: Tensor | None, structure: Structu
         nonfinite: int32 ``[B, Hkv, ceil(nk / 32)]``: bits of blocks that are kept for their values, or None.
         structure: What the call's mods make of the blocks; None in plain causal attention.
     """
-    config = call.config
-    always = rows = None
-    spec, score = causal_spec(call.bounds), Mod()
-    if call.masked is not None and structure is not None and structure.candidates is not None:
-        always, rows = structure.candidates.always, structure.visibility.row_kv_bounds
-        spec, score = call.masked.spec, call.masked.score
-    of_rows = listed_ops.audit_rows(
+    of_rows = ops.audit_rows(
         call.query,
         call.key,
         hits,
         nonfinite,
-        always,
-        rows,
-        *spec,
-        *score,
+        call.spec,
+        structure,
+        call.score,
         call.scale,
         WANTED,
-        *config.block_size,
-        config.sink_tokens,
-        config.local_tokens,
-        call.dense_prefix,
+        call.grid,
+        call.near,
     )
     asked, wanted, missed = of_rows.unbind(-1)  # each [B, Hq, R]
     result = Audit(
@@ -57,7 +48,7 @@ def audit(call: Call, hits: Tensor, nonfinite: Tensor | None, structure: Structu
         missed_squares=missed.square().sum(-1),
         made_dense=torch.zeros_like(asked[..., 0], dtype=torch.int64),
     )
-    if config.on_miss != "dense":
+    if call.config.on_miss != "dense":
         return hits, result
-    above = result.miss > config.miss_bound
+    above = result.miss > call.config.miss_bound
     return hits.masked_fill(above[..., None, None], -1), result._replace(made_dense=above.long())

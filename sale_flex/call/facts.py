@@ -8,13 +8,14 @@ from torch import Tensor
 
 from sale_flex import ops
 from sale_flex.blocks.bits import unpack_bits
-from sale_flex.blocks.geometry import Grid, visible_blocks
-from sale_flex.blocks.mask_spec import Structure
+from sale_flex.blocks.geometry import visible_blocks
+from sale_flex.blocks.mask_spec import Mod, causal_spec
 from sale_flex.call.break_even import dense_prefix
 from sale_flex.call.index_lists import Room, masked_room, plain_room
 from sale_flex.call.user_mods import MaskedBy, UserMods, check_mods, read_mods
 from sale_flex.call.validation import check_inputs, settled
 from sale_flex.config import SaleConfig
+from sale_flex.kernels.arguments import Grid, MaskSpec, Near, Structure
 from sale_flex.mods.held import held, mark_static
 from sale_flex.selection.key_codes import KeyCodes, Reuse, reuse_of
 from sale_flex.selection.rules import Rule
@@ -107,6 +108,21 @@ class Call(NamedTuple):
         """What chooses."""
         return self.config.rule
 
+    @property
+    def spec(self) -> MaskSpec:
+        """Who sees whom, as the estimate has it."""
+        return causal_spec(self.bounds) if self.masked is None else self.masked.spec
+
+    @property
+    def score(self) -> Mod:
+        """The score_mod, as the estimate has it."""
+        return Mod() if self.masked is None else self.masked.score
+
+    @property
+    def near(self) -> Near:
+        """Which blocks are kept whatever the rule says."""
+        return Near(self.config.sink_tokens, self.config.local_tokens, self.dense_prefix)
+
     def visible_blocks(self, structure: Structure | None) -> Tensor:
         """Blocks in which some row sees some key, bool ``[B, 1 | Hq, nq, nk]``: for rules in plain torch.
 
@@ -148,9 +164,9 @@ def check_arguments(
 
 def make_bounds(query: Tensor, key: Tensor, q_offset: int | Tensor | None, kv_range: Tensor | None) -> Tensor:
     """(q_offset, start, end) of every batch row, int32 ``[B, 3]``, on the device."""
-    given = isinstance(q_offset, Tensor)
-    offset = key.shape[2] - query.shape[2] if q_offset is None or given else q_offset
-    return ops.query_bounds(query, key, kv_range, q_offset if given else None, offset)
+    if q_offset is None or isinstance(q_offset, Tensor):
+        return ops.query_bounds(query, key, kv_range, q_offset, key.shape[2] - query.shape[2])
+    return ops.query_bounds(query, key, kv_range, None, q_offset)
 
 
 def settle(

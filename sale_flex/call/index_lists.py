@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sale_flex.blocks.geometry import Grid
 from sale_flex.config import SaleConfig
+from sale_flex.kernels.arguments import Grid
 
 COMPACT_FROM = 1024
 """Key blocks from which on lists on a GPU are narrower than the attention map: 64K tokens in blocks of 64 keys."""

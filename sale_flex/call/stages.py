@@ -13,14 +13,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, noop_mask
 
 from sale_flex import ops
-from sale_flex.blocks.geometry import Grid
-from sale_flex.blocks.mask_spec import BlockVisibility, CandidateBlocks, MaskSpec, Structure
 from sale_flex.call.audit import audit
 from sale_flex.call.facts import Call
 from sale_flex.call.index_lists import IndexLists, split_lists
 from sale_flex.call.mask_mods import kept_block, valid, visible
+from sale_flex.kernels.arguments import BlockVisibility, CandidateBlocks, Grid, MaskSpec, Structure
 from sale_flex.mods import MaskMod
-from sale_flex.ops import listed as listed_ops
 from sale_flex.selection.rules import Selection
 from sale_flex.stats import Audit, Path, SaleStats, masked_stats, plain_stats
 
@@ -39,8 +37,8 @@ class Listed(NamedTuple):
     """Index lists, and what did not get into them."""
 
     lists: IndexLists
-    overflow: Tensor | None
-    """int32 ``[B, Hq, nq]``: kept blocks that found no room, beyond what the rule gave up; None: none can be."""
+    overflow: Tensor
+    """int32 ``[B, Hq, nq]``: kept blocks that found no room, beyond what the rule gave up."""
 
 
 class Built(NamedTuple):
@@ -69,36 +67,19 @@ def lay_out(call: Call) -> Structure | None:
     """
     if call.masked is None:
         return None
-    spec, config = call.masked.spec, call.config
-    found = BlockVisibility(
-        *listed_ops.block_structure(
-            spec.bounds,
-            spec.causal,
-            spec.mask_key,
-            spec.mask_tensors,
-            *call.masked.range,
-            spec.listed,
-            spec.listed_q,
-            spec.listed_k,
-            call.masked.heads,
-            *call.grid,
-        )
-    )
+    found = ops.block_structure(call.spec, call.masked.range, call.masked.heads, call.grid)
     if call.masked.ignored_mask:
         # flex_attention has to evaluate a mask_mod that the estimate left out in every block.
         found = found._replace(full=torch.zeros_like(found.full))
     if call.dense is not None:
-        return Structure(found, None)
-    candidates = listed_ops.block_lists(
-        *found,
-        spec.bounds,
-        spec.causal,
-        *call.grid,
-        config.sink_tokens,
-        config.local_tokens,
-        call.dense_prefix,
-    )
-    return Structure(found, CandidateBlocks(*candidates))
+        return Structure(found, _all_kept(found))
+    return Structure(found, ops.candidate_blocks(found, call.bounds, call.spec.causal, call.grid, call.near))
+
+
+def _all_kept(found: BlockVisibility) -> CandidateBlocks:
+    """All that is visible, for calls in which nothing is estimated: nobody reads the lists."""
+    none = found.visible.new_empty(*found.visible.shape[:3], 0)
+    return CandidateBlocks(found.visible, none, none)
 
 
 def choose(call: Call, structure: Structure | None) -> Choice:
@@ -117,37 +98,20 @@ def choose(call: Call, structure: Structure | None) -> Choice:
 
 def list_blocks(call: Call, structure: Structure | None, choice: Choice) -> Listed:
     """Index lists of what was chosen and of what is always kept."""
-    room, grid, kv_heads = call.room, call.grid, call.key.shape[1]
-    hits = choice.selection.hits
-    if structure is None:
-        kept, partial_num, full_num, lists = ops.build_lists(
-            hits,
-            choice.nonfinite,
-            call.bounds,
-            kv_heads,
-            *grid,
-            call.config.sink_tokens,
-            call.config.local_tokens,
-            call.dense_prefix,
-            room.partial,
-            room.full,
-            call.lookup,
-            call.rows_apart > 0,
-        )
-        return Listed(split_lists(kept, partial_num, full_num, lists, room), None)
-    found, candidates = structure
-    always = found.visible if candidates is None else candidates.always
-    kept, partial_num, full_num, lists, overflow = listed_ops.listed_compact(
-        hits,
+    room = call.room
+    kept, partial_num, full_num, lists, overflow = ops.build_lists(
+        choice.selection.hits,
         choice.nonfinite,
-        found.visible,
-        found.full,
-        always,
-        kv_heads,
+        call.bounds,
+        None if structure is None else structure.visibility,
+        None if structure is None else structure.candidates.always,
+        call.key.shape[1],
+        call.grid,
+        call.near,
         room.partial,
         room.full,
-        grid.key_blocks,
         call.lookup,
+        call.rows_apart > 0,
     )
     return Listed(split_lists(kept, partial_num, full_num, lists, room), overflow)
 
@@ -198,9 +162,9 @@ def _counts(call: Call, structure: Structure | None, choice: Choice, listed: Lis
 
     def count() -> SaleStats:
         kept = (numbers[0] + numbers[1]).sum(-1)
-        if visible is None or overflow is None:
-            return plain_stats(kept, dropped, missed, bounds, grid, path, reason, rows_apart)
         lost = overflow if dropped is None else overflow + dropped
+        if visible is None:
+            return plain_stats(kept, lost, missed, bounds, grid, path, reason, rows_apart)
         return masked_stats(kept, lost, missed, visible, path, reason)
 
     return count

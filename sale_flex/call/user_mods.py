@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
-from sale_flex.blocks.mask_spec import MaskSpec, Mod
+from sale_flex import ops
+from sale_flex.blocks.mask_spec import Mod
 from sale_flex.config import SaleConfig
+from sale_flex.kernels.arguments import MaskSpec
 from sale_flex.mods import MaskMod, ScoreMod
 from sale_flex.mods.compiler import conjunction, describe, facts, require_supported
 from sale_flex.mods.placed import placed_in_call
-from sale_flex.ops import listed as listed_ops
 
 ESTIMATE_MODS = ("apply", "ignore")
 
@@ -145,7 +146,7 @@ def read_mods(mods: UserMods, query: Tensor, key: Tensor, bounds: Tensor, use: s
     listed, listed_q, listed_k = None, 1, 1
     if mods.block_mask is not None:
         listed_q, listed_k = mods.block_mask.BLOCK_SIZE
-        listed = listed_ops.listed_bits(
+        listed = ops.block_mask_bits(
             mods.block_mask.kv_num_blocks,
             mods.block_mask.kv_indices,
             mods.block_mask.full_kv_num_blocks,
@@ -154,7 +155,7 @@ def read_mods(mods: UserMods, query: Tensor, key: Tensor, bounds: Tensor, use: s
         )
     by_head = (bool(mask.key) and facts(mask.key).uses_head) or (listed is not None and listed.shape[1] > 1)
     return MaskedBy(
-        spec=MaskSpec(bounds, mods.is_causal, mask.key, mask.tensors, listed, listed_q, listed_k),
+        spec=MaskSpec(bounds, mods.is_causal, mask, listed, listed_q, listed_k),
         heads=query.shape[1] if by_head else 1,
         range=key_range,
         score=score,

@@ -121,7 +121,7 @@ def run_flex(
     score_mod: ScoreMod | None = None,
     return_lse: bool = False,
     backward: bool = False,
-    programmed: bool = False,
+    has_mods: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention on the blocks of `block_mask`, always through the compiler.
 
@@ -135,7 +135,7 @@ def run_flex(
         score_mod: The user's.
         return_lse: Whether the log-sum-exp is wanted too.
         backward: Whether a gradient may be asked for.
-        programmed: Whether `score_mod` or the mask_mod is the user's.
+        has_mods: Whether `score_mod` or the mask_mod is the user's.
 
     Returns:
         ``[B, Hq, Sq, D]``, and float32 ``[B, Hq, Sq]`` in nats, or None if not wanted.
@@ -150,7 +150,7 @@ def run_flex(
     options |= kernel_options or {}
     grouped = query.shape[1] != key.shape[1]
     # An export is not for Inductor alone, and a length that its program guards would be one that it refuses.
-    resized = programmed and query.device.type == "cpu" and not torch.compiler.is_exporting()
+    resized = has_mods and query.device.type == "cpu" and not torch.compiler.is_exporting()
     if torch.compiler.is_compiling():
         if query.device.type == "cpu":
             # Inductor's C++ template reads some views of what the same program computes, such as the parts of a fused
@@ -202,8 +202,9 @@ def _show(modes: list[Any], query: Tensor, value: Tensor, block_mask: BlockMask)
         formulas = getattr(getattr(mode, "counter", None), "flop_registry", None)
         if formulas is not None:
             formulas.setdefault(torch.ops.sale_flex.attended, _count_flops)
-    kept = block_mask.kv_num_blocks, block_mask.full_kv_num_blocks
-    ops.attended(query.detach(), value.detach(), *kept, *block_mask.BLOCK_SIZE)
+    full_num = block_mask.full_kv_num_blocks
+    assert full_num is not None, "our lists are two"
+    ops.attended(query.detach(), value.detach(), block_mask.kv_num_blocks, full_num, *block_mask.BLOCK_SIZE)
 
 
 def _count_flops(

@@ -4,10 +4,9 @@
 import torch
 from torch import Tensor
 
-from sale_flex.blocks.mask_spec import Mod, causal_spec
+from sale_flex import ops
 from sale_flex.call.facts import Call
 from sale_flex.call.user_mods import read_mods
-from sale_flex.ops import listed as listed_ops
 
 
 def check_sinks(sink_logits: Tensor, query: Tensor) -> None:
@@ -43,11 +42,10 @@ def attend_rows(call: Call, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor
         value: ``[B, Hkv, Skv, D]``.
         kept: int32 ``[B, Hq, nq, ceil(nk / 32)]``: bits of the blocks.
     """
-    query, key, seen = call.query, call.key, call.masked
-    if seen is not None and call.mods.estimate == "ignore":
+    query, key, spec, score = call.query, call.key, call.spec, call.score
+    if call.masked is not None and call.mods.estimate == "ignore":
         # Attention applies the mods that the estimate leaves out.
         every = call.mods._replace(estimate="apply")
-        seen = read_mods(every, query, key, call.bounds, " with a log-sum-exp on a CPU")
-    spec, score = (causal_spec(call.bounds), Mod()) if seen is None else (seen.spec, seen.score)
-    output, lse = listed_ops.listed_rows(query, key, value, kept, *spec, *score, call.scale, *call.config.block_size)
-    return output, lse
+        applied = read_mods(every, query, key, call.bounds, " with a log-sum-exp on a CPU")
+        spec, score = applied.spec, applied.score
+    return ops.attend_rows(query, key, value, kept, spec, score, call.scale, call.grid)

@@ -2,78 +2,62 @@
 """The method in plain torch, a function per stage: the oracle of every test.
 
 Written to be read beside the paper (arXiv 2505.24179, section 3) and docs/semantics.md, with whole S x S tensors
-and no thought for speed. It imports torch alone, so that nothing it is compared with can share its mistakes.
+and no thought for speed. It imports torch alone, so that nothing it is compared with can share its mistakes. A plain
+causal call is one without masks and score_mod: there is nothing of its own for it.
 
 Shapes: query ``[B, Hq, Sq, D]``, key and value ``[B, Hkv, Skv, D]``, bounds int32 ``[B, 3]`` = (q_offset, start, end).
 """
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sale_flex.reference.audit import AuditedRows, audit_rows, audited_positions
+from sale_flex.reference.attention import masked_attention
+from sale_flex.reference.audit import audit_rows, audited_positions
+from sale_flex.reference.call import make_call
 from sale_flex.reference.common import (
     KeepMap,
-    always_kept,
     block_any,
     key_mean,
-    make_bounds,
-    masked_attention,
-    of_rule,
     quantize_rows,
     repeat_heads,
     rotate,
     rotation_width,
-    visible,
+    valid_keys,
 )
-from sale_flex.reference.mass import (
-    Decision,
-    MassOptions,
+from sale_flex.reference.decision import RowMasses, decide
+from sale_flex.reference.mass import exact_masses, mass_choice, row_masses
+from sale_flex.reference.moments import Moments, key_moments, quantize_moments
+from sale_flex.reference.pooled import (
     PooledRows,
-    RowMasses,
-    candidate_span,
-    decide,
-    exact_masses,
-    exact_part,
-    mass_choice,
     mass_options,
     moment_logits,
     pool_rows,
     product_shift,
-    row_masses,
 )
-from sale_flex.reference.moments import Moments, key_moments, quantize_moments
-from sale_flex.reference.programmed import programmed_attention, programmed_keep_map, seen_elements
-from sale_flex.reference.relative import element_scores, quantize_groups, relative_choice, row_limits
+from sale_flex.reference.relative import quantize_groups, relative_choice, row_limits
+from sale_flex.reference.visibility import Mod, make_bounds, visible_elements
 
 __all__ = [
-    "AuditedRows",
-    "Decision",
     "KeepMap",
-    "MassOptions",
     "Moments",
     "PooledRows",
     "RowMasses",
     "audit_rows",
     "audited_positions",
-    "candidate_span",
     "decide",
-    "element_scores",
     "exact_masses",
-    "exact_part",
     "keep_map",
     "key_mean",
     "key_moments",
     "make_bounds",
+    "make_call",
     "masked_attention",
     "mass_options",
     "moment_logits",
     "pool_rows",
     "product_shift",
-    "programmed_attention",
-    "programmed_keep_map",
     "quantize_groups",
     "quantize_moments",
     "quantize_rows",
@@ -81,8 +65,7 @@ __all__ = [
     "rotation_width",
     "row_limits",
     "row_masses",
-    "seen_elements",
-    "visible",
+    "visible_elements",
 ]
 
 
@@ -91,6 +74,11 @@ def keep_map(
     key: Tensor,
     config: Any,
     value: Tensor | None = None,
+    *,
+    score_mod: Mod | None = None,
+    mask_mod: Mod | None = None,
+    block_mask: Any = None,
+    is_causal: bool = True,
     q_offset: int | Tensor | None = None,
     kv_range: Tensor | None = None,
     scale: float | None = None,
@@ -104,8 +92,12 @@ def keep_map(
         query: ``[B, Hq, Sq, D]``.
         key: ``[B, Hkv, Skv, D]``.
         config: The fields of `sale_flex.SaleConfig`; `min_length` must be a number here.
-        value: ``[B, Hkv, Skv, D]``; blocks with a non-finite value are kept.
-        q_offset: Key index of the first query; by default ``Skv - Sq``.
+        value: ``[B, Hkv, Skv, D]``; visible blocks with a valid value that is not finite are kept.
+        score_mod: As flex_attention takes it.
+        mask_mod: Likewise.
+        block_mask: A BlockMask of any block size: its lists, and its mask_mod besides.
+        is_causal: Whether keys after a row's position are hidden.
+        q_offset: Key index of the first query, a number or int ``[B]``; by default ``Skv - Sq``.
         kv_range: int ``[B, 2]``, first and one-past-last valid key.
         scale: Softmax scale; by default ``D ** -0.5``.
         dtype: float32 or float64, the arithmetic of logits and statistics.
@@ -115,33 +107,29 @@ def keep_map(
     Raises:
         ValueError: `min_length` is None, or the rule is not one of these two.
     """
-    if config.min_length is None:
-        raise ValueError(
-            "config.min_length must be a number of tokens, got None: what None means depends on the device, so resolve "
-            "it first, for instance with dataclasses.replace(config, min_length=0)."
-        )
-    batch, heads, q_len, dim = query.shape
-    kv_len = key.shape[2]
-    block_q, block_k = config.block_size
-    scale = dim**-0.5 if scale is None else scale
-    bounds = make_bounds(batch, q_len, kv_len, q_offset, kv_range, query.device)
-    choose = {"mass": partial(mass_choice, budget=budget, moments=moments), "relative": relative_choice}
-    choice = of_rule(choose, config)(query, key, bounds, config, scale, dtype)
-
-    seen = visible(bounds, q_len, kv_len)
-    always = block_any(always_kept(seen, bounds, config, q_len)[:, None], block_q, block_k)
-    always = always.expand(batch, heads, -1, -1)
+    heads, (block_q, block_k) = query.shape[1], config.block_size
+    call = make_call(
+        query, key, config, score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask, is_causal=is_causal,
+        q_offset=q_offset, kv_range=kv_range, scale=scale, dtype=dtype,
+    )  # fmt: skip
+    if 2 * query.shape[2] < block_q:  # a step of decoding
+        call = call._replace(always=call.visible)
+    if config.rule.name == "mass":
+        choice = mass_choice(call, config, budget, moments)
+    elif config.rule.name == "relative":
+        choice = relative_choice(call, config)
+    else:
+        raise ValueError(f"config.rule must be one that the reference knows, mass or relative, got {config.rule!r}.")
+    always = call.always.expand_as(choice.hit)
     if value is not None:
-        bad = repeat_heads(~value.isfinite().all(-1), heads)  # [B, Hq, Skv]
-        always = always | block_any(bad[:, :, None, :] & seen[:, None], block_q, block_k)
-    seen_blocks = block_any(seen[:, None], block_q, block_k)
-    hidden = block_any(~seen[:, None], block_q, block_k)
+        bad = ~value.isfinite().all(-1) & valid_keys(call.bounds, key.shape[2])[:, None]  # [B, Hkv, Skv]
+        always = always | (call.visible & block_any(repeat_heads(bad, heads)[:, :, None], 1, block_k))
     return KeepMap(
         kept=choice.hit | always,
         hit=choice.hit,
         always=always,
-        visible=seen_blocks,
-        full=seen_blocks & ~hidden,
+        visible=call.visible,
+        full=call.full,
         margin=choice.margin,
         dropped=choice.dropped,
     )

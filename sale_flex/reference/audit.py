@@ -2,14 +2,13 @@
 """What a choice of blocks missed, by rows that are asked exactly (docs/semantics.md, "Audit")."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sale_flex.reference.common import repeat_heads
-from sale_flex.reference.programmed import modified
+from sale_flex.reference.common import scaled_products
+from sale_flex.reference.visibility import Mod, modified
 
 GROUPS = ((0, 64), (4096, 128), (8192, 256))
 """From which position on one row of how many is audited."""
@@ -43,12 +42,12 @@ def audit_rows(
     key: Tensor,
     kept: Tensor,
     always: Tensor,
-    seen: Tensor,
+    visible: Tensor,
     early: Tensor,
     bounds: Tensor,
     scale: float,
     block_size: tuple[int, int],
-    score_mod: Callable[..., Tensor] | None = None,
+    score_mod: Mod | None = None,
     least: float = 0.05,
 ) -> AuditedRows:
     """Ask one row of every group of positions.
@@ -58,8 +57,8 @@ def audit_rows(
         key: ``[B, Hkv, Skv, D]``.
         kept: bool ``[B, Hq, nq, nk]``: the choice, whatever it is made of.
         always: bool ``[B, Hq, nq, nk]``: blocks that are kept in any case, and that nobody can want.
-        seen: bool ``[B, Hq, Sq, Skv]``: which key each row sees.
-        early: bool ``[B, Hq, Sq]``: rows that keep all they see.
+        visible: bool ``[B, 1 or Hq, Sq, Skv]``: which key each row sees.
+        early: bool ``[B, 1 or Hq, Sq]``: rows that keep all they see.
         bounds: int32 ``[B, 3]``.
         scale: Softmax scale.
         block_size: (query rows, keys) of a block.
@@ -68,9 +67,9 @@ def audit_rows(
     """
     batch, heads, q_len, _ = query.shape
     row = torch.arange(q_len, device=query.device).expand(batch, -1)
-    logits = query.double() @ repeat_heads(key, heads).double().transpose(-1, -2) * scale
+    logits = scaled_products(query, key.double(), scale)
     logits = modified(score_mod, logits, row, torch.arange(key.shape[2], device=key.device))
-    logits = logits.masked_fill(~(seen & logits.isfinite()), -torch.inf)
+    logits = logits.masked_fill(~(visible & logits.isfinite()), -torch.inf)
     shares = logits.softmax(-1).nan_to_num(0.0)
     shares = torch.nn.functional.pad(shares, (0, -shares.shape[-1] % block_size[1]))
     shares = shares.unflatten(-1, (-1, block_size[1])).sum(-1)  # [B, Hq, Sq, nk]
@@ -86,7 +85,7 @@ def audit_rows(
             index = start + at - offset
             if not 0 <= index < q_len:
                 continue
-            asked[b, :, slot] = seen[b, :, index].any(-1) & ~early[b, :, index]
+            asked[b, :, slot] = visible[b, :, index].any(-1) & ~early[b, :, index]
             block = index // block_size[0]
             wants = ~always[b, :, block] & (shares[b, :, index] >= least) & asked[b, :, slot, None]
             wanted[b, :, slot] = (shares[b, :, index] * wants).sum(-1)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What every rule is made of: who sees whom, the smoothing mean, codes, blocks, and attention over kept blocks."""
+"""What every rule is made of: valid keys, the smoothing mean, codes, the rotation, heads and blocks."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,18 +13,19 @@ class KeepMap(NamedTuple):
     kept: Tensor
     """bool ``[B, Hq, nq, nk]``: blocks that are kept."""
     hit: Tensor
-    """bool ``[B, Hq, nq, nk]``: visible blocks that the rule itself asks for."""
+    """bool ``[B, Hq, nq, nk]``: blocks that the rule asks for. It is not asked about those kept for their place."""
     always: Tensor
     """bool ``[B, Hq, nq, nk]``: visible blocks kept whatever the rule says."""
     visible: Tensor
-    """bool ``[B, 1, nq, nk]``: blocks in which some row sees some key."""
+    """bool ``[B, 1, nq, nk]``, under masks ``[B, Hq, nq, nk]``: blocks in which some row sees some key."""
     full: Tensor
-    """bool ``[B, 1, nq, nk]``: blocks in which every row sees every key."""
+    """bool, likewise: blocks in which every row sees every key."""
     margin: Tensor
-    """``[B, Hq, nq, nk]``: how far above what it must reach the block is, in logits; -inf where nothing can hit it.
+    """``[B, Hq, nq, nk]``: how far above what it must reach a block is, in nats; -inf where nothing can hit it.
 
-    Relative rule: the largest (score - limit) over its visible elements. Mass rule: how far sums and
-    totals of pooled rows have to move for the decision to change; +inf where no mass is asked."""
+    Relative rule: the largest (score - limit) over its visible elements. Mass rule: how far sums and totals of pooled
+    rows have to move for the decision to change, under a score_mod the largest (weight - cut); +inf where no mass is
+    asked."""
     dropped: Tensor
     """bool ``[B, Hq, nq, nk]``: blocks that passed the threshold, and that the budget had no room for."""
 
@@ -38,35 +38,22 @@ class Choice(NamedTuple):
     dropped: Tensor
 
 
-def of_rule(table: Mapping[str, Any], config: Any) -> Any:
-    """What a table says of a config's rule."""
-    if config.rule.name not in table:
-        raise ValueError(f"config.rule must be one that the reference knows, {sorted(table)}, got {config.rule!r}.")
-    return table[config.rule.name]
+def real_rows(bounds: Tensor, q_len: int) -> Tensor:
+    """Query rows that are no padding, bool ``[B, Sq]``."""
+    at = torch.arange(q_len, device=bounds.device) + bounds[:, :1]
+    return (at >= bounds[:, 1:2]) & (at < bounds[:, 2:])
 
 
-def make_bounds(
-    batch: int,
-    q_len: int,
-    kv_len: int,
-    q_offset: int | Tensor | None = None,
-    kv_range: Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """(q_offset, start, end) of every batch row, int32 ``[B, 3]``."""
-    offset = kv_len - q_len if q_offset is None else int(q_offset)
-    if kv_range is None:
-        kv_range = torch.tensor([[0, kv_len]], device=device).expand(batch, 2)
-    column = torch.full((batch, 1), offset, device=device)
-    return torch.cat([column, kv_range.to(device)], dim=1).to(torch.int32)
+def valid_keys(bounds: Tensor, kv_len: int) -> Tensor:
+    """bool ``[B, Skv]``."""
+    at = torch.arange(kv_len, device=bounds.device)
+    return (at >= bounds[:, 1:2]) & (at < bounds[:, 2:])
 
 
-def visible(bounds: Tensor, q_len: int, kv_len: int) -> Tensor:
-    """Which key each query row sees, bool ``[B, Sq, Skv]``: valid, not after it, and the row itself not padding."""
-    offset, start, end = (bounds[:, n, None, None].long() for n in range(3))
-    row = torch.arange(q_len, device=bounds.device)[None, :, None] + offset
-    key = torch.arange(kv_len, device=bounds.device)[None, None, :]
-    return (key >= start) & (key < end) & (key <= row) & (row < end)
+def valid_blocks(bounds: Tensor, blocks: int, block_k: int) -> Tensor:
+    """Blocks with valid keys alone, bool ``[B, nk]``."""
+    first = torch.arange(blocks, device=bounds.device) * block_k
+    return (first >= bounds[:, 1:2]) & (first + block_k <= bounds[:, 2:])
 
 
 def key_mean(key: Tensor, bounds: Tensor, smooth_tokens: int) -> Tensor:
@@ -120,43 +107,6 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes, scale[..., 0]
 
 
-def masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kept: Tensor,
-    bounds: Tensor,
-    block_size: tuple[int, int],
-    scale: float,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """Softmax attention over visible keys in kept blocks, ``[B, Hq, Sq, D]``; 0 where there are none."""
-    heads = query.shape[1]
-    logits = query.to(dtype) @ repeat_heads(key, heads).to(dtype).transpose(-1, -2) * scale
-    seen = visible(bounds, query.shape[2], key.shape[2])[:, None]
-    wide = kept.repeat_interleave(block_size[0], 2).repeat_interleave(block_size[1], 3)
-    seen = seen & wide[:, :, : query.shape[2], : key.shape[2]]
-    logits = logits.masked_fill(~seen, -torch.inf)
-    weights = logits.softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
-    return weights @ repeat_heads(value, heads).to(dtype)
-
-
-def always_kept(seen: Tensor, bounds: Tensor, config: Any, q_len: int) -> Tensor:
-    """Elements whose block is kept whatever the rule says, bool ``[B, Sq, Skv]``."""
-    _, start, _ = (bounds[:, n, None, None].long() for n in range(3))
-    row = torch.arange(q_len, device=bounds.device)[None, :, None] + bounds[:, 0, None, None]
-    key = torch.arange(seen.shape[2], device=bounds.device)[None, None, :]
-    sink = key < start + config.sink_tokens
-    local = key > row - config.local_tokens
-    # A query block with one early row is early as a whole: a block is kept or dropped for all its rows.
-    block_q = config.block_size[0]
-    early = (row - start < config.min_length) & seen.any(-1, keepdim=True)
-    early = early | torch.tensor(2 * q_len < block_q, device=bounds.device)
-    early = torch.nn.functional.pad(early, (0, 0, 0, -q_len % block_q))
-    early = early.unflatten(1, (-1, block_q)).any(2).repeat_interleave(block_q, 1)[:, :q_len]
-    return seen & (sink | local | early)
-
-
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """KV heads repeated for the query heads that share them."""
     return x.repeat_interleave(heads // x.shape[1], dim=1)
@@ -170,4 +120,10 @@ def block_max(x: Tensor, block_q: int, block_k: int) -> Tensor:
 
 def block_any(x: Tensor, block_q: int, block_k: int) -> Tensor:
     """Whether any element of a block is set."""
-    return block_max(x.float(), block_q, block_k) > 0
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % block_k, 0, -x.shape[-2] % block_q))
+    return x.unflatten(-1, (-1, block_k)).unflatten(-3, (-1, block_q)).any(-1).any(-2)
+
+
+def scaled_products(rows: Tensor, key: Tensor, scale: float) -> Tensor:
+    """``scale * row . key`` in the key's dtype, ``[B, Hq, M, N]``."""
+    return rows.to(key.dtype) @ repeat_heads(key, rows.shape[1]).transpose(-1, -2) * scale

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sale_flex.reference.common import quantize, rotate
+from sale_flex.reference.common import quantize, rotate, valid_blocks, valid_keys
 
 
 class Moments(NamedTuple):
@@ -36,9 +36,8 @@ def key_moments(
 
     Sums are taken from the first key to the last. Keys that are not valid count as the smoothing mean.
     """
-    at = torch.arange(key.shape[2], device=key.device)[None]
-    valid = (at >= bounds[:, 1, None]) & (at < bounds[:, 2, None])
-    x = torch.where(valid[:, None, :, None], key.to(dtype) - mean.to(dtype)[:, :, None], 0.0)
+    valid = valid_keys(bounds, key.shape[2])[:, None, :, None]
+    x = torch.where(valid, key.to(dtype) - mean.to(dtype)[:, :, None], 0.0)
     x = torch.nn.functional.pad(x, (0, 0, 0, -key.shape[2] % block_k)).unflatten(2, (-1, sub_block))
     members = x.unbind(3)
     mu = reduce(torch.add, members) / sub_block
@@ -48,8 +47,6 @@ def key_moments(
 def quantize_moments(key: Tensor, mean: Tensor, bounds: Tensor, block_k: int, sub_block: int, bits: int) -> Moments:
     """Codes of the moments, with one scale per key block for the means and one for the variances."""
     blocks = -(-key.shape[2] // block_k)
-    at = torch.arange(blocks, device=key.device) * block_k
-    whole = (at >= bounds[:, 1, None]) & (at + block_k <= bounds[:, 2, None])  # [B, nk]
     mu, var = key_moments(key, mean, bounds, block_k, sub_block)
     moments = (rotate(mu) if sub_block == 1 else mu), var
     nonfinite = torch.zeros(*key.shape[:2], blocks, dtype=torch.bool, device=key.device)
@@ -58,7 +55,7 @@ def quantize_moments(key: Tensor, mean: Tensor, bounds: Tensor, block_k: int, su
         codes, scale = quantize(x.unflatten(2, (blocks, -1)), (-2, -1), top)
         nonfinite = nonfinite | scale[..., 0, 0].isnan()
         coded.append((codes, scale[..., 0, 0]))
-    keep = whole[:, None] & ~nonfinite
+    keep = valid_blocks(bounds, blocks, block_k)[:, None] & ~nonfinite
     (mean_codes, mean_scale), (var_codes, var_scale) = (
         ((codes * keep[..., None, None]).flatten(2, 3), torch.where(keep, scale, 0.0)) for codes, scale in coded
     )

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sale_flex.reference.call import Call, estimated_logits, exact_logits
 from sale_flex.reference.common import (
     Choice,
     block_any,
     block_max,
-    key_mean,
     quantize,
     quantize_rows,
     repeat_heads,
-    visible,
+    scaled_products,
 )
 
 
@@ -38,69 +38,40 @@ def quantize_groups(key: Tensor, mean: Tensor, bounds: Tensor, group: int, bits:
     return codes, scales
 
 
-def row_limits(
-    query: Tensor,
-    key: Tensor,
-    mean: Tensor,
-    bounds: Tensor,
-    threshold: float | Tensor,
-    scale: float,
-    sink_tokens: int,
-    local_tokens: int,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def row_limits(call: Call, threshold: float | Tensor) -> Tensor:
     """The estimated logit an element of row i must reach, ``m_i + ln l_i + ln threshold``, ``[B, Hq, Sq]``.
 
-    m and l are the maximum and the sum of exponentials of the exact logits of the row's sink-local keys (paper
-    section 3.2). Rows that are padding get +inf.
+    m and l are the maximum and the sum of exponentials of the exact logits of the sink and local keys that the row sees
+    (paper section 3.2). Rows that see nothing get +inf.
     """
-    heads = query.shape[1]
-    smooth = repeat_heads(key.to(dtype) - mean.to(dtype)[:, :, None], heads)
-    logits = query.to(dtype) @ smooth.transpose(-1, -2) * scale
-    seen = visible(bounds, query.shape[2], key.shape[2])
-    row = torch.arange(query.shape[2], device=key.device)[None, :, None] + bounds[:, 0, None, None]
-    at = torch.arange(key.shape[2], device=key.device)[None, None, :]
-    sink_local = seen & ((at < bounds[:, 1, None, None] + sink_tokens) | (at > row - local_tokens))
-    logits = logits.masked_fill(~sink_local[:, None], -torch.inf)
-    tau = torch.as_tensor(threshold, dtype=dtype, device=key.device).reshape(-1, 1)
-    limit = logits.logsumexp(-1) + tau.log()
-    return limit.masked_fill(~seen.any(-1)[:, None], torch.inf)
+    row = torch.arange(call.query.shape[2], device=call.key.device).expand(len(call.query), -1)
+    logits = exact_logits(call, call.query, row).masked_fill(~(call.elements & call.near), -torch.inf)
+    tau = torch.as_tensor(threshold, dtype=call.dtype, device=call.key.device).reshape(-1, 1)
+    return (logits.logsumexp(-1) + tau.log()).masked_fill(~call.elements.any(-1), torch.inf)
 
 
-def element_scores(
-    query_codes: Tensor,
-    query_scale: Tensor,
-    key_codes: Tensor,
-    key_scale: Tensor,
-    bounds: Tensor,
-    group: int,
-    scale: float,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Estimated logits from the codes, ``[B, Hq, Sq, Skv]``; the integer products are exact."""
-    heads = query_codes.shape[1]
-    product = query_codes.to(dtype) @ repeat_heads(key_codes, heads).to(dtype).transpose(-1, -2)
-    at = torch.arange(key_codes.shape[2], device=bounds.device)[None] - bounds[:, 1, None]
-    at = at.clamp_min(0).div(group, rounding_mode="floor").long()
-    per_key = key_scale.gather(2, at[:, None].expand(-1, key_scale.shape[1], -1))
-    per_key = repeat_heads(per_key[..., None], heads)[..., 0].to(dtype)
-    return product * per_key[:, :, None, :] * (query_scale.to(dtype) * scale)[..., None]
+def element_scores(call: Call, block_k: int, bits: int) -> Tensor:
+    """Estimated logits of smoothed keys from codes, ``[B, Hq, Sq, Skv]``; the integer products are exact."""
+    heads, dtype = call.query.shape[1], call.dtype
+    query_codes, query_scale = quantize_rows(call.query, bits)
+    key_codes, key_scale = quantize_groups(call.key, call.mean, call.bounds, block_k, bits)
+    product = scaled_products(query_codes, key_codes.to(dtype), 1.0)
+    group = (torch.arange(call.key.shape[2], device=call.key.device) - call.bounds[:, 1:2].long()).clamp_min(
+        0
+    ) // block_k
+    per_key = key_scale.gather(2, group[:, None].expand(-1, key_scale.shape[1], -1)).to(dtype)
+    per_key = repeat_heads(per_key, heads)[:, :, None]
+    return product * per_key * (query_scale.to(dtype) * call.scale)[..., None]
 
 
-def relative_choice(
-    query: Tensor, key: Tensor, bounds: Tensor, config: Any, scale: float, dtype: torch.dtype = torch.float32
-) -> Choice:
-    """The blocks in which an estimated logit reaches its row's limit."""
+def relative_choice(call: Call, config: Any) -> Choice:
+    """The candidates in which an estimated logit reaches its row's limit."""
     block_q, block_k = config.block_size
-    seen = visible(bounds, query.shape[2], key.shape[2])[:, None]
-    mean = key_mean(key, bounds, config.smooth_tokens)
-    q_codes, q_scale = quantize_rows(query, config.rule.bits)
-    k_codes, k_scale = quantize_groups(key, mean, bounds, block_k, config.rule.bits)
-    score = element_scores(q_codes, q_scale, k_codes, k_scale, bounds, block_k, scale, dtype)
-    limit = row_limits(
-        query, key, mean, bounds, config.rule.threshold, scale, config.sink_tokens, config.local_tokens, dtype
-    )
+    row, column = (torch.arange(x.shape[2], device=x.device) for x in (call.query, call.key))
+    score = element_scores(call, block_k, config.rule.bits)
+    score = estimated_logits(call, score, call.query, row.expand(len(call.query), -1), column)
+    limit = row_limits(call, config.rule.threshold)[..., None]
     # Negated, so that a NaN on either side keeps the block.
-    hit = block_any(~(score < limit[..., None]) & seen, block_q, block_k)
-    margin = (score - limit[..., None]).masked_fill(~seen, -torch.inf)
-    return Choice(hit, block_max(margin, block_q, block_k), torch.zeros_like(hit))
+    hit = block_any(~(score < limit) & call.elements, block_q, block_k) & call.candidate
+    margin = block_max((score - limit).masked_fill(~call.elements, -torch.inf), block_q, block_k)
+    return Choice(hit, margin.masked_fill(~call.candidate, -torch.inf), torch.zeros_like(hit))

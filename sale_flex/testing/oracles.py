@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sale_flex.mods import MaskMod, ScoreMod
-from sale_flex.reference import make_bounds, visible
+from sale_flex.reference import make_bounds, visible_elements
 from sale_flex.testing.inputs import Shape
 
 
@@ -18,7 +18,7 @@ def causal_mask(shape: Shape, device: torch.device | str = "cpu") -> Tensor:
     """Which key each query sees, bool ``[B, 1, Sq, Skv]``: valid, not after it, and the query itself no padding."""
     where = shape.positions(device)
     bounds = make_bounds(shape.batch, shape.q_len, shape.kv_len, where["q_offset"], where["kv_range"], device)
-    return visible(bounds, shape.q_len, shape.kv_len)[:, None]
+    return visible_elements(bounds, 1, shape.q_len, shape.kv_len)
 
 
 def mod_mask(

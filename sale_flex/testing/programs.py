@@ -97,13 +97,22 @@ PROGRAMS: dict[str, Callable[[Shape, Device], Options]] = {
         "score_mod": mods.relative_bias(4 * _random((s.heads, 64), d), s.offset, rough=True)
     },
     "bucketed bias": lambda s, d: {"score_mod": mods.bucketed_bias(_random((s.heads, 32), d), s.offset)},
-    "neighborhood 1-d": lambda s, d: {"mask_mod": mods.neighborhood((s.kv_len,), 41), "is_causal": False},
-    "neighborhood 2-d": lambda s, d: {"mask_mod": mods.neighborhood(_grid(s.kv_len, 2), 7), "is_causal": False},
-    "neighborhood 2-d, dilated": lambda s, d: {
-        "mask_mod": mods.neighborhood(_grid(s.kv_len, 2), (5, 3), (2, 3)),
+    "neighborhood 1-d": lambda s, d: {
+        "mask_mod": mods.neighborhood((s.kv_len,), 41, q_offset=s.offset),
         "is_causal": False,
     },
-    "neighborhood 3-d": lambda s, d: {"mask_mod": mods.neighborhood(_grid(s.kv_len, 3), 3), "is_causal": False},
+    "neighborhood 2-d": lambda s, d: {
+        "mask_mod": mods.neighborhood(_grid(s.kv_len, 2), 7, q_offset=s.offset),
+        "is_causal": False,
+    },
+    "neighborhood 2-d, dilated": lambda s, d: {
+        "mask_mod": mods.neighborhood(_grid(s.kv_len, 2), (5, 3), (2, 3), q_offset=s.offset),
+        "is_causal": False,
+    },
+    "neighborhood 3-d": lambda s, d: {
+        "mask_mod": mods.neighborhood(_grid(s.kv_len, 3), 3, q_offset=s.offset),
+        "is_causal": False,
+    },
     "soft cap in documents": lambda s, d: {
         "score_mod": mods.softcap(5.0),
         "mask_mod": mods.document(_ids(s, d), s.offset),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sale_flex import ops
+from sale_flex.ops.define import op
 
 
 class Padding(NamedTuple):
@@ -72,8 +72,7 @@ def _valid_keys(attention_mask: Tensor, check: bool) -> Tensor:
     return torch.stack([start, end], 1).int()
 
 
-valid_keys = ops.define(
-    "valid_keys(Tensor attention_mask, bool check) -> Tensor",
-    lambda attention_mask, _check: attention_mask.new_empty(attention_mask.shape[0], 2, dtype=torch.int32),
-    _valid_keys,
-)
+@op(_valid_keys)
+def valid_keys(attention_mask: Tensor, check: bool) -> Tensor:
+    """First and one past the last valid key of every batch row, int32 ``[B, 2]``."""
+    return attention_mask.new_empty(attention_mask.shape[0], 2, dtype=torch.int32)

@@ -2,7 +2,7 @@
 """Models of transformers whose attention is not what sale_attention computes, each with its reason.
 
 None of them would fail by itself, or not with a sentence: some run other attention than they were asked for, some hand
-over a mask that lacks causality. tests/test_models_causality.py looks for more of them.
+over a mask that lacks causality. tests/integrations/test_causality.py looks for more of them.
 """
 
 from typing import Any

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from sale_flex.blocks.bits import unpack_bits
-from sale_flex.blocks.geometry import Grid, always_blocks, audit_slots, early_blocks
-from sale_flex.ops.fallback.structure import Mask, Score, Sight, keys_of, scored, structure_heads
-
-_TILE_ELEMENTS = 2**22
+from sale_flex.blocks.geometry import always_blocks, audit_slots, early_blocks
+from sale_flex.kernels.arguments import Grid, MaskSpec, Near, Structure
+from sale_flex.ops.fallback.tiles import TILE_ELEMENTS, heads_in, keys_of
+from sale_flex.ops.fallback.visibility import Score, scored, visible
 
 
 def audit_rows(
@@ -16,63 +16,43 @@ def audit_rows(
     key: Tensor,
     hits: Tensor,
     nonfinite: Tensor | None,
-    always: Tensor | None,
-    rows: Tensor | None,
-    bounds: Tensor,
-    causal: bool,
-    mask: Mask | None,
-    listed: Tensor | None,
-    listed_q: int,
-    listed_k: int,
+    spec: MaskSpec,
+    structure: Structure | None,
     score: Score | None,
     scale: float,
     least: float,
-    block_q: int,
-    block_k: int,
-    sink_tokens: int,
-    local_tokens: int,
-    min_length: int,
+    grid: Grid,
+    near: Near,
 ) -> Tensor:
     """Of each group's row: whether it was audited, what it wants, and what of that was missed; ``[B, Hq, R, 3]``."""
     heads, q_len = query.shape[1:3]
     group = heads // key.shape[1]
-    grid = Grid(q_len, key.shape[2], block_q, block_k)
-    sight = Sight(bounds, causal, mask, listed, listed_q, listed_k)
-    keys = keys_of(torch.arange(grid.key_blocks, device=query.device), block_k)
+    keys = keys_of(torch.arange(grid.key_blocks, device=query.device), grid.block_k)
     there = keys.long().clamp_max(grid.kv_len - 1)
     slots = audit_slots(q_len) + 2
     audit = torch.zeros(len(query), heads, slots, 3, device=query.device)
-    step = max(1, _TILE_ELEMENTS // (group * len(keys)))
-    for b, (offset, start, end) in enumerate(bounds.tolist()):
+    step = max(1, TILE_ELEMENTS // (group * len(keys)))
+    for b, (offset, start, end) in enumerate(spec.bounds.tolist()):
         index = start - offset + _positions(max(offset - start, 0), slots, query.device)
         real = (index >= 0) & (index < q_len) & (index + offset < end)
         for first in range(0, heads, group):
             head = slice(first, first + group)
-            asked = real.expand(group, -1)
-            at = structure_heads(always, head) if always is not None else slice(0, 1)
-            if rows is not None:
-                low, high = rows[b, at][..., index.clamp(0, q_len - 1)].unbind(1)
-                asked = asked & (high >= 0) & (high - low >= min_length)
-            else:
-                early = early_blocks(bounds[b : b + 1], grid, min_length)[0]
-                asked = asked & ~early[index.clamp(0, q_len - 1) // block_q]
+            asked = (real & _is_late(spec, structure, b, head, index.clamp(0, q_len - 1), grid, near)).expand(group, -1)
             audit[b, head, :, 0] = asked.float()
             for slot in asked.any(0).nonzero()[:, 0].split(step):
                 row = index[slot]
+                q = row.int()[:, None]
                 logits = (query[b, head, row].float() @ key[b, first // group, there].float().T) * scale
-                logits = scored(score, logits, b, head, row.int(), keys, grid)
-                hidden = ~sight.seen(b, head, row.int(), keys, grid) | ~logits.isfinite()
+                logits = scored(score, logits, b, head, q, keys, grid)
+                hidden = ~visible(spec, b, head, q, keys, grid) | ~logits.isfinite()
                 shares = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
-                shares = shares.unflatten(-1, (-1, block_k)).sum(-1)  # [G, rows, nk]
-                block = row // block_q
-                if always is not None:
-                    near = unpack_bits(always[b, at][:, block], grid.key_blocks)
-                else:
-                    near = _always(bounds[b : b + 1], grid, block, sink_tokens, local_tokens)
+                shares = shares.unflatten(-1, (-1, grid.block_k)).sum(-1)  # [G, rows, nk]
+                block = row // grid.block_q
+                always = _always(spec, structure, b, head, block, grid, near)
                 kept = unpack_bits(hits[b, head][:, block], grid.key_blocks)
                 if nonfinite is not None:
                     kept = kept | unpack_bits(nonfinite[b, first // group], grid.key_blocks)
-                wanted = torch.where(~near & (shares >= least) & asked[:, slot, None], shares, 0.0)
+                wanted = torch.where(~always & (shares >= least) & asked[:, slot, None], shares, 0.0)
                 audit[b, head, slot, 1] = wanted.sum(-1)
                 audit[b, head, slot, 2] = wanted.masked_fill(kept, 0.0).sum(-1)
     return audit
@@ -86,6 +66,22 @@ def _positions(before: int, slots: int, device: torch.device) -> Tensor:
     return first + ((slot * 2654435769 & 0xFFFFFFFF) >> shift)
 
 
-def _always(bounds: Tensor, grid: Grid, block: Tensor, sink_tokens: int, local_tokens: int) -> Tensor:
-    """Always-kept blocks of some query blocks, bool ``[rows, nk]``, without those of early rows."""
-    return always_blocks(bounds, grid, sink_tokens, local_tokens, 0)[0, block]
+def _is_late(
+    spec: MaskSpec, structure: Structure | None, b: int, heads: slice, rows: Tensor, grid: Grid, near: Near
+) -> Tensor:
+    """Which rows do not keep all that they see, bool ``[G or 1, R]``."""
+    if structure is None:
+        return ~early_blocks(spec.bounds[b : b + 1], grid, near.min_length)[:, rows // grid.block_q]
+    ends = structure.visibility.row_kv_bounds
+    low, high = ends[b, heads_in(ends, heads)][..., rows].unbind(1)
+    return (high >= 0) & (high - low >= near.min_length)
+
+
+def _always(
+    spec: MaskSpec, structure: Structure | None, b: int, heads: slice, block: Tensor, grid: Grid, near: Near
+) -> Tensor:
+    """Blocks that some query blocks keep whatever the rule says, bool ``[G or 1, R, nk]``."""
+    if structure is None:
+        return always_blocks(spec.bounds[b : b + 1], grid, near.sink_tokens, near.local_tokens, 0)[:, block]
+    always = structure.candidates.always
+    return unpack_bits(always[b, heads_in(always, heads)][:, block], grid.key_blocks)

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sale_flex.blocks.bits import pack_bits, unpack_bits
-from sale_flex.blocks.geometry import Grid, always_blocks, early_blocks, full_blocks, visible_blocks
+from sale_flex.blocks.geometry import always_blocks, early_blocks, full_blocks, visible_blocks
+from sale_flex.kernels.arguments import BlockVisibility, Grid, Near
 
 
 def nonfinite_blocks(value: Tensor, bounds: Tensor, block_k: int) -> Tensor:
@@ -21,35 +22,39 @@ def build_lists(
     hits: Tensor,
     nonfinite: Tensor | None,
     bounds: Tensor,
+    visibility: BlockVisibility | None,
+    always: Tensor | None,
     kv_heads: int,
-    q_len: int,
-    kv_len: int,
-    block_q: int,
-    block_k: int,
-    sink_tokens: int,
-    local_tokens: int,
-    min_length: int,
+    grid: Grid,
+    near: Near,
     partial_width: int,
     full_width: int,
     want_kept: bool,
     leave_early: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Kept bits if wanted, counts of partial and full blocks, and the ascending indices of both side by side."""
-    grid = Grid(q_len, kv_len, block_q, block_k)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Kept bits if wanted, counts of partial and full blocks, their ascending indices, and blocks without room."""
+    if visibility is None or always is None:
+        kept, visible, full = (
+            flags[:, None]
+            for flags in (always_blocks(bounds, grid, *near), visible_blocks(bounds, grid), full_blocks(bounds, grid))
+        )
+        if leave_early:
+            visible = visible & ~early_blocks(bounds, grid, near.min_length)[:, None, :, None]
+    else:
+        kept, visible, full = (unpack_bits(bits, grid.key_blocks) for bits in (always, *visibility[:2]))
     if nonfinite is not None:
         hits = hits | nonfinite.repeat_interleave(hits.shape[1] // kv_heads, 1)[:, :, None]
-    always = always_blocks(bounds, grid, sink_tokens, local_tokens, min_length)[:, None]
-    visible = visible_blocks(bounds, grid)[:, None]
-    kept = (unpack_bits(hits, grid.key_blocks) | always) & visible
-    if leave_early:
-        kept &= ~early_blocks(bounds, grid, min_length)[:, None, :, None]
-    full = kept & full_blocks(bounds, grid)[:, None]
-    partial_num, partial = _indices(kept & ~full, partial_width)
-    full_num, whole = _indices(full, full_width)
-    return pack_bits(kept) if want_kept else hits.new_empty(0), partial_num, full_num, torch.cat([partial, whole], -1)
+    kept = (kept | unpack_bits(hits, grid.key_blocks)) & visible
+    partial_num, partial, partial_lost = _indices(kept & ~full, partial_width)
+    full_num, whole, full_lost = _indices(kept & full, full_width)
+    lists = torch.cat([partial, whole], -1)
+    words = pack_bits(kept) if want_kept else hits.new_empty(0)
+    return words, partial_num, full_num, lists, partial_lost + full_lost
 
 
-def _indices(flags: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Count and ascending indices of the first `width` set flags; a stable sort puts them first."""
+def _indices(flags: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Count and ascending indices of the first `width` set flags, which a stable sort puts first; how many more."""
     order = flags.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return flags.sum(-1, dtype=torch.int32).clamp_max(width), pad(order, (0, width - order.shape[-1]))
+    count = flags.sum(-1, dtype=torch.int32)
+    room = count.clamp_max(width)
+    return room, pad(order, (0, width - order.shape[-1])), count - room

@@ -1,20 +1,38 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The estimate of row masses, and what it decides, in tiles; see `sale_flex.kernels.mass` for the contract.
 
-Products of codes are taken in float32, where they are exact: at most 127 * 127 * 256 < 2**24.
+Masses are shares of a pooled row's softmax, in fixed point but for what is weighed exactly. Under a score_mod, which is
+inside the exponential, they are logarithms: `mass_scored`. Products of codes are taken in float32, where they are
+exact: at most 127 * 127 * 256 < 2**24.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sale_flex.blocks.bits import pack_bits, unpack_bits
-from sale_flex.blocks.geometry import Grid
-from sale_flex.ops.fallback.pool import LOG2E, exact_part, pool_rows
+from sale_flex.blocks.bits import pack_bits
+from sale_flex.kernels.arguments import Grid, KeyMoments, MaskSpec, MassOptions, Near, Structure
+from sale_flex.ops.fallback import mass_scored
+from sale_flex.ops.fallback.mass_tiles import CodedKeys, Tile, mass_tiles
 from sale_flex.ops.fallback.quantize import quantize_rows
 from sale_flex.ops.fallback.rotation import rotated, rotation_width
+from sale_flex.ops.fallback.tiles import (
+    ALWAYS,
+    HIDDEN,
+    PARTIAL,
+    WHOLE,
+    any_block,
+    any_in_block,
+    at_blocks,
+    before_local,
+    put_at_blocks,
+)
+from sale_flex.ops.fallback.visibility import Score
+
+LOG2E = 1.4426950408889634
 
 FRACTION = 16
 """Bits after the point of the fixed-point logarithms."""
@@ -25,160 +43,164 @@ CENTER = 0.0430
 LEVELS = 128
 """Decisions are made in steps of an eighth of an octave, from one step below the threshold up."""
 
-TILE_ELEMENTS = 2**22
-"""Estimates held at once: 16 MiB in each of a few tensors."""
+ABSENT = -1e38
+"""The logit of a key whose own is not finite, in an exact part: it counts for nothing there, but the row sees a key."""
 
 
-class Tile(NamedTuple):
-    """Some query blocks of one batch row: N blocks of R pooled rows."""
+class Masses(NamedTuple):
+    """What the rows of a tile see in candidates, in units of their own, and what `decide` makes of it."""
 
-    real: Tensor
-    """bool ``[N * BQ]``: query rows that are no padding."""
-    position: Tensor
-    """int64 ``[N, R]``: key index of each pooled row's last real row, -1 for padding."""
-    first: int
-    """First candidate key block."""
-    stop: Tensor
-    """int64 ``[N]``: one past the last candidate."""
-    sink_stop: Tensor
-    """int64 ``[N]``: one past the last key before the candidates."""
-    local_start: Tensor
-    """int64 ``[N]``: first key behind them."""
-
-
-class Keys(NamedTuple):
-    """What the estimate knows of one KV head's key blocks; variances None for a scan of every key."""
-
-    mean_codes: Tensor
-    """float32 ``[J, subs, D]``."""
-    mean_scale: Tensor
-    """float32 ``[J]``."""
-    var_codes: Tensor | None
-    var_scale: Tensor | None
+    columns: Tensor
+    """int64 ``[J]``: blocks that are candidates of some query block."""
+    sums: Tensor
+    """float32 ``[G, n, R, J]``; 0 where a block is no candidate."""
+    finite: Tensor
+    """bool ``[G, n, R]``: which rows are."""
+    candidate: Tensor
+    """bool ``[G or 1, n, R, J]``: what rows may ask for."""
+    exact: Tensor
+    """float32 ``[G, n, R]``: what they see in always-kept blocks: 1, or 0 where they see none."""
+    unasked: Tensor
+    """bool ``[G or 1, n, nk]``: blocks that are hit anyhow."""
 
 
 def mass_hits(
     query: Tensor,
     key: Tensor,
     mean: Tensor,
-    mean_codes: Tensor,
-    mean_scale: Tensor,
-    var_codes: Tensor,
-    var_scale: Tensor,
-    nonfinite: Tensor,
-    bounds: Tensor,
+    moments: KeyMoments,
+    spec: MaskSpec,
+    structure: Structure | None,
+    score: Score | None,
     threshold: Tensor,
     scale: float,
-    block_q: int,
-    block_k: int,
-    sub_block: int,
-    pool: int,
-    sample: bool,
-    bits: int,
-    sink_tokens: int,
-    local_tokens: int,
+    grid: Grid,
+    options: MassOptions,
+    near: Near,
     budget: int,
 ) -> tuple[Tensor, Tensor]:
     """Hit bits int32 ``[B, Hq, nq, ceil(nk / 32)]``, and int32 ``[B, Hq, nq]``: hits given up for the budget."""
-    batch, heads, q_len, _ = query.shape
-    kv_heads, kv_len = key.shape[1:3]
-    grid = Grid(q_len, kv_len, block_q, block_k)
-    subs, group = block_k // sub_block, heads // kv_heads
-    hits = torch.zeros(batch, heads, grid.query_blocks, grid.words, dtype=torch.int32, device=query.device)
-    dropped = torch.zeros(batch, heads, grid.query_blocks, dtype=torch.int32, device=query.device)
-    flags = unpack_bits(nonfinite, grid.key_blocks)
-    widest = max(grid.key_blocks * subs, min(sink_tokens + block_k, kv_len)) + local_tokens + block_q + block_k
-    blocks = max(1, TILE_ELEMENTS // (group * block_q // pool * widest))
-    for b, row in enumerate(bounds.tolist()):
-        for block in range(0, grid.query_blocks, blocks):
-            here = slice(block, min(block + blocks, grid.query_blocks))
-            tile = tile_of(here, row, grid, pool, sink_tokens, local_tokens, query.device)
-            if tile is None:
-                continue
-            columns = slice(tile.first, max(int(tile.stop.max()), tile.first))
-            at = torch.arange(grid.key_blocks, device=query.device)
-            before = (at < tile.stop[:, None]) & (at < tile.first)
-            allowed = at[columns] < tile.stop[:, None]  # [N, J]
-            subs_at = slice(columns.start * subs, columns.stop * subs)
-            for head in range(kv_heads):
-                shared = slice(head * group, (head + 1) * group)
-                lines = slice(here.start * block_q, here.stop * block_q)
-                pooled = pool_rows(query[b, shared, lines], tile.real, pool, sample)
-                pooled = pooled.unflatten(1, (-1, block_q // pool))  # [G, N, R, D]
-                exact = exact_part(
-                    pooled, tile.position, key[b, head], mean[b, head], row[1], tile.sink_stop, tile.local_start, scale
-                )
-                keys = Keys(
-                    mean_codes[b, head, subs_at].float().unflatten(0, (-1, subs)),
-                    mean_scale[b, head, columns],
-                    var_codes[b, head, subs_at].float().unflatten(0, (-1, subs)) if sub_block > 1 else None,
-                    var_scale[b, head, columns] if sub_block > 1 else None,
-                )
-                sums, finite = block_sums(pooled, exact, keys, sub_block, scale, bits)
-                hit, lost = decide(
-                    sums.masked_fill_(~allowed[:, None], 0.0),
-                    finite,
-                    allowed[:, None] & (tile.position >= 0)[..., None],
-                    flags[b, head, columns],
-                    threshold[shared, None, None],
-                    budget,
-                )
-                found = (before | flags[b, head]).repeat(group, 1, 1)
-                found[..., columns] |= hit
-                hits[b, shared, here] = pack_bits(found)
-                dropped[b, shared, here] = lost
+    lines = (*query.shape[:2], grid.query_blocks)
+    hits = torch.zeros(*lines, grid.words, dtype=torch.int32, device=query.device)
+    dropped = torch.zeros(lines, dtype=torch.int32, device=query.device)
+    arguments = query, key, mean, moments, spec, structure
+    if score is not None:
+        for tile, weights in mass_scored.log_masses(*arguments, score, scale, grid, options, near):
+            limit = threshold[tile.heads, None, None]
+            hit, lost = mass_scored.decide(weights, tile.flagged, limit, budget)
+            hits[tile.b, tile.heads, tile.blocks] = pack_bits(hit)
+            dropped[tile.b, tile.heads, tile.blocks] = lost
+        return hits, dropped
+    for tile, masses in row_masses(*arguments, scale, grid, options, near):
+        hit, lost = decide(masses, tile.flagged[masses.columns], threshold[tile.heads, None, None], budget)
+        found = masses.unasked.repeat(len(hit) // len(masses.unasked), 1, 1)
+        found[..., masses.columns] |= hit
+        hits[tile.b, tile.heads, tile.blocks] = pack_bits(found)
+        dropped[tile.b, tile.heads, tile.blocks] = lost
     return hits, dropped
 
 
-def tile_of(
-    blocks: slice, bounds: list[int], grid: Grid, pool: int, sink_tokens: int, local_tokens: int, device: torch.device
-) -> Tile | None:
-    """Where the rows of some query blocks stand; None if all are padding."""
-    offset, start, end = bounds
-    at = torch.arange(blocks.start * grid.block_q, blocks.stop * grid.block_q, device=device) + offset
-    real = (at >= start) & (at < min(end, offset + grid.q_len))
-    if not bool(real.any()):
-        return None
-    first = -(-(start + sink_tokens) // grid.block_k)
-    low = at[:: grid.block_q].clamp_min(start)
-    stop = (low - local_tokens + 1).clamp_min(0) // grid.block_k
-    stop = torch.where(real.view(-1, grid.block_q).any(-1), stop, 0)
-    return Tile(
-        real=real,
-        position=torch.where(real, at, -1).view(len(stop), -1, pool).amax(-1),
-        first=first,
-        stop=stop,
-        sink_stop=stop.clamp_max(first) * grid.block_k,
-        local_start=(stop * grid.block_k).clamp_min(start),
-    )
+def row_masses(
+    query: Tensor,
+    key: Tensor,
+    mean: Tensor,
+    moments: KeyMoments,
+    spec: MaskSpec,
+    structure: Structure | None,
+    scale: float,
+    grid: Grid,
+    options: MassOptions,
+    near: Near,
+) -> Iterator[tuple[Tile, Masses]]:
+    """The masses of all tiles with a row that is no padding, without a score_mod; arguments as of `mass_hits`."""
+    bounds = spec.bounds.tolist()
+    for tile in mass_tiles(query, key, mean, moments, spec, structure, scale, grid, options, near):
+        start = bounds[tile.b][1]
+        at = torch.arange(grid.key_blocks, device=query.device) * grid.block_k
+        candidate = (tile.kinds == PARTIAL) | (tile.kinds == WHOLE)
+        if structure is None:
+            # Kernels set the bits of sinks and of blocks that are not finite without asking who sees them.
+            sinks = at < start + near.sink_tokens
+            unasked = tile.flagged | (
+                sinks & before_local(tile.blocks, bounds[tile.b], grid, near.local_tokens, at.device)
+            )
+            unasked = unasked[None]
+        else:
+            unasked = candidate & (tile.flagged | (at < start))
+        # A block that padding on the left cuts is no sink where there are none. It is kept, and of the exact part.
+        kinds = torch.where((tile.kinds == PARTIAL) & (at < start), ALWAYS, tile.kinds)
+        yield tile, _masses(tile._replace(kinds=kinds), unasked, scale, grid, options)
 
 
-def block_sums(
-    pooled: Tensor, exact: Tensor, keys: Keys, sub_block: int, scale: float, bits: int
-) -> tuple[Tensor, Tensor]:
-    """What rows see in blocks, in units of their exact part: float32 ``[G, N, R, J]``, and which rows are finite.
+def _masses(tile: Tile, unasked: Tensor, scale: float, grid: Grid, options: MassOptions) -> Masses:
+    """The masses of a tile, of which blocks in `unasked` are hit anyhow."""
+    kinds, near_kinds = _of_codes_where_all_is_seen(tile, grid)
+    sees = tile.sees
 
-    Everything up to the sum is integer arithmetic, the same to the bit in every implementation.
+    def of_kind(kind: int) -> Tensor:
+        return sees & (near_kinds == kind).repeat_interleave(grid.block_k, -1)[:, :, None]
 
-    Args:
-        pooled: float32 ``[G, N, R, D]``.
-        exact: float32 ``[G, N, R]``: log2 of the exact part.
-        keys: Codes of J blocks.
-        sub_block: Keys a sub-block.
-        scale: Softmax scale.
-        bits: 4 or 8.
+    exact = tile.logits.nan_to_num(ABSENT, ABSENT, ABSENT).masked_fill_(~of_kind(ALWAYS), -torch.inf)
+    exact = exact.logsumexp(-1) * LOG2E  # [G, n, R]
+    partial = None
+    if bool((near_kinds == PARTIAL).any()):
+        partial = tile.logits.masked_fill(~(of_kind(PARTIAL) & tile.logits.isfinite()), -torch.inf)
+        partial = partial.unflatten(-1, (-1, grid.block_k)).logsumexp(-1) * LOG2E
+    far = any_block(kinds == WHOLE)
+    whole = (kinds[..., far] == WHOLE)[:, :, None]  # [G or 1, n, 1, J]
+    of_far = tile.coded(far, grid.block_k // options.sub_block)
+    coded, finite = coded_logits(tile.rows, of_far, options.sub_block, scale, options.bits)
+    own = exact > -torch.inf
+    all_own = not bool((tile.exists & ~own).any())
+    unit = exact if all_own else torch.where(own, exact, _unit_without_exact(coded, whole, partial, options.sub_block))
+    unit = torch.where(unit > -torch.inf, unit, 0.0)
+
+    columns, sums = far, sums_of_logits(coded, unit, options.sub_block).masked_fill_(~whole, 0.0)
+    if partial is not None:
+        every = torch.zeros(*unit.shape, grid.key_blocks + 1, device=unit.device)
+        every[..., far] = sums
+        of_partial = (partial - unit[..., None]).clamp_max_(100).exp2_()
+        every.scatter_add_(-1, tile.near[:, :, None].expand_as(of_partial), of_partial)
+        columns = any_block((kinds == PARTIAL) | (kinds == WHOLE))
+        sums = every[..., columns]
+    candidate = ((kinds == PARTIAL) | (kinds == WHOLE))[:, :, None, columns] & tile.exists[..., None]
+    if not all_own:
+        # A row that sees nothing asks for nothing, if it is finite.
+        candidate = candidate & (own | sums.any(-1) | ~finite)[..., None]
+    return Masses(columns, sums, finite, candidate, own.float(), unasked)
+
+
+def _of_codes_where_all_is_seen(tile: Tile, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Kinds of all blocks, and of `Tile.near`; partial ones that all rows see are whole.
+
+    Where rows of a query block are padding no block is full, yet what all other rows see is weighed from codes.
     """
-    logits, finite = coded_logits(pooled, keys, sub_block, scale, bits)
-    return sums_of_logits(logits, exact, sub_block), finite
+    near_kinds = at_blocks(tile.kinds, tile.near, HIDDEN)
+    if not bool((near_kinds == PARTIAL).any()):
+        return tile.kinds, near_kinds
+    blind = any_in_block(tile.real[..., None] & ~tile.visible, grid.block_k)
+    near_kinds = torch.where((near_kinds == PARTIAL) & ~blind, WHOLE, near_kinds)
+    return put_at_blocks(tile.kinds, tile.near, near_kinds), near_kinds
 
 
-def coded_logits(pooled: Tensor, keys: Keys, sub_block: int, scale: float, bits: int) -> tuple[Tensor, Tensor]:
+def _unit_without_exact(coded: Tensor, whole: Tensor, partial: Tensor | None, sub_block: int) -> Tensor:
+    """Half of the most that a row sees in a candidate, ``[G, n, R]``: the unit of rows that are kept nothing anyhow."""
+    largest = torch.full(coded.shape[:3], -torch.inf, device=coded.device)
+    if coded.shape[3]:
+        of_codes = coded.amax(-1).float() / 2**FRACTION + math.log2(sub_block)
+        largest = of_codes.masked_fill(~whole, -torch.inf).amax(-1)
+    if partial is not None:
+        largest = torch.maximum(largest, partial.logsumexp(-1))
+    return largest - 1
+
+
+def coded_logits(pooled: Tensor, keys: CodedKeys, sub_block: int, scale: float, bits: int) -> tuple[Tensor, Tensor]:
     """Base-2 logits of sub-blocks in fixed point: int32 ``[G, N, R, J, subs]``, and which rows are finite."""
     dim = pooled.shape[3]
     top, square_top, var_top = (7, 49, 15) if bits == 4 else (127, 126, 127)
     unit = LOG2E * 2.0**FRACTION
     width = rotation_width(dim) if sub_block == 1 else 1
-    codes, row_scale = quantize_rows(rotated(pooled) if sub_block == 1 else pooled, bits)
+    codes, row_scale = quantize_rows(rotated(pooled) if sub_block == 1 else pooled, bits, False)
     codes = codes[:, :, : pooled.shape[2]].float()  # not what fills a tile
     finite = row_scale.isfinite()
     row_scale = torch.where(finite, row_scale, 0.0)
@@ -228,26 +250,16 @@ def _terms(codes: Tensor, of_keys: Tensor, row_factor: Tensor, key_scale: Tensor
     return (product >> shift[..., None]).mul_(factor[..., None]).add_((factor >> 1)[..., None])
 
 
-def decide(
-    sums: Tensor,
-    finite: Tensor,
-    candidate: Tensor,
-    flagged: Tensor,
-    threshold: Tensor,
-    budget: int,
-    exact: Tensor | float = 1.0,
-) -> tuple[Tensor, Tensor]:
+def decide(masses: Masses, flagged: Tensor, threshold: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     """Hits, bool ``[G, N, J]``, and how many more passed the threshold than the budget takes, int32 ``[G, N]``.
 
     Args:
-        sums: float32 ``[G, N, R, J]``.
-        finite: bool ``[G, N, R]``.
-        candidate: bool ``[N, R, J]`` or ``[G, N, R, J]``.
+        masses: What rows see.
         flagged: bool ``[J]``: blocks that are hit anyhow, and do not count.
         threshold: float32 ``[G, 1, 1]``.
         budget: Most hits of a query block.
-        exact: What rows see elsewhere, in the units of the sums: a number, or float32 ``[G, N, R]``.
     """
+    _, sums, finite, candidate, exact, _ = masses
     base = threshold.clamp_max(1.0)
     of_sum = _levels(sums, base[..., None])
     of_cut = _levels(base * (exact + sums.sum(-1)), base)

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sale_flex.blocks.bits import pack_bits
+from sale_flex.kernels.arguments import KeyMoments
 from sale_flex.ops.fallback.rotation import rotated
 
 STEP_ROWS = 256
@@ -14,9 +15,7 @@ _ELEMENTS = 2**22
 """Keys times channels held at once, in float32: 16 MiB."""
 
 
-def quantize_moments(
-    key: Tensor, mean: Tensor, bounds: Tensor, block_k: int, sub_block: int, bits: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def quantize_moments(key: Tensor, mean: Tensor, bounds: Tensor, block_k: int, sub_block: int, bits: int) -> KeyMoments:
     """Codes and scales of means and of variances, and the bits of blocks that are not finite."""
     batch, heads, kv_len, dim = key.shape
     subs = block_k // sub_block
@@ -44,7 +43,7 @@ def quantize_moments(
                 codes[n][b, :, first:stop] = code * keep[..., None, None]
                 scales[n][b, :, first:stop] = torch.where(keep, scale, 0.0)
     means, variances = (x.flatten(2, 3) for x in codes)
-    return means, scales[0], variances, scales[1], pack_bits(bad)
+    return KeyMoments(means, scales[0], variances, scales[1], pack_bits(bad))
 
 
 def _moments(

@@ -10,7 +10,7 @@ from sale_flex.blocks.packing import pack_int4
 CODE_ROWS = 128
 
 
-def quantize_rows(x: Tensor, bits: int, packed: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, bits: int, packed: bool) -> tuple[Tensor, Tensor]:
     """Codes with a scale per row: ``[B, H, ceil(S / 128) * 128, D]``, float32 ``[B, H, S]``."""
     codes, scale = _symmetric(x.float(), (-1,), bits)
     codes = pad(codes, (0, 0, 0, -codes.shape[2] % CODE_ROWS))
@@ -18,7 +18,7 @@ def quantize_rows(x: Tensor, bits: int, packed: bool = False) -> tuple[Tensor, T
 
 
 def quantize_groups(
-    key: Tensor, mean: Tensor, bounds: Tensor, group: int, bits: int, packed: bool = False
+    key: Tensor, mean: Tensor, bounds: Tensor, group: int, bits: int, packed: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes of ``key - mean``, a scale per `group` keys from the first valid one."""
     batch, heads, rows, dim = key.shape

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sale_flex.blocks.bits import pack_bits
-from sale_flex.blocks.mask_spec import Structure
+from sale_flex.kernels.arguments import Structure
 
 if TYPE_CHECKING:
     from sale_flex.call.facts import Call
@@ -64,11 +64,11 @@ class Rule:
         """Room in a query block's index list that was asked for, in blocks; None: what there is."""
         return None
 
-    def codes(self, call: "Call") -> tuple[Tensor, ...]:
+    def codes(self, call: "Call") -> tuple[Any, ...]:
         """What it wants to know of the keys; `select` gets it. It alone may use `Call.reuse`."""
         return ()
 
-    def select(self, call: "Call", codes: tuple[Tensor, ...], structure: Structure | None) -> Selection:
+    def select(self, call: "Call", codes: tuple[Any, ...], structure: Structure | None) -> Selection:
         """Which blocks are hit.
 
         Args:

@@ -4,13 +4,10 @@
 import torch
 from torch import Tensor
 
-from sale_flex.blocks.geometry import Grid
+from sale_flex.kernels.arguments import Grid
 
 LADDER = (*(2.0**-octave * (1 + eighth / 8) for octave in range(14, 0, -1) for eighth in range(8)), 1.0)
 """Thresholds from 2**-14 to 1, ascending: eight to an octave, evenly spaced inside it as a float's mantissa is."""
-
-_GPU_ELEMENTS = 2**26
-"""Estimates held at once on a GPU: 256 MiB in each of a few tensors."""
 
 
 def steps_reached(values: Tensor, limits: Tensor) -> Tensor:
@@ -21,11 +18,6 @@ def steps_reached(values: Tensor, limits: Tensor) -> Tensor:
 def scores_of(reached: Tensor) -> Tensor:
     """The largest threshold of so many reached ones; -inf for none, not even 0."""
     return torch.tensor([-torch.inf, 0.0, *LADDER, torch.inf], device=reached.device)[reached.long()]
-
-
-def tile_elements(elements: int, query: Tensor) -> int:
-    """Elements of a tile: what the rules take on a CPU, and more where a tile's launches cost more than its sums."""
-    return max(elements, _GPU_ELEMENTS) if query.is_cuda else elements
 
 
 def no_scores(query: Tensor, grid: Grid) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sale_flex import ops
 from sale_flex.blocks.bits import pack_bits, unpack_bits
-from sale_flex.blocks.mask_spec import Structure
-from sale_flex.ops import listed as listed_ops
+from sale_flex.kernels.arguments import KeyMoments, MassOptions, Structure
 from sale_flex.selection.key_codes import Coded, Form, code_rest
 from sale_flex.selection.rules.base import BITS, Rule, Selection, check_count, check_one_of, register_rule
 
@@ -95,74 +94,47 @@ class Mass(Rule):
                 "sub_block or a larger block_size."
             )
 
-    def codes(self, call: "Call") -> tuple[Tensor, ...]:
+    def codes(self, call: "Call") -> tuple[Tensor, KeyMoments]:
         """The smoothing mean, and codes and scales of the keys, or of sub-blocks' means and variances."""
         key, bounds = call.key, call.bounds
         mean = ops.key_mean(key, bounds, call.config.smooth_tokens)
         sub_block = self._sub_block(call)
         if call.reuse is None:
-            return mean, *ops.quantize_moments(key, mean, bounds, call.grid.block_k, sub_block, self.bits)
-        return mean, *_codes_of_both(self, call, mean, sub_block)
+            return mean, ops.quantize_moments(key, mean, bounds, call.grid.block_k, sub_block, self.bits)
+        return mean, _codes_of_both(self, call, mean, sub_block)
 
-    def select(self, call: "Call", codes: tuple[Tensor, ...], structure: Structure | None) -> Selection:
+    def select(self, call: "Call", codes: tuple[Any, ...], structure: Structure | None) -> Selection:
         """Hit bits, and hits given up; see `Rule.select`."""
-        if structure is None:
-            return Selection(
-                *ops.mass_hits(
-                    call.query,
-                    call.key,
-                    *codes,
-                    call.bounds,
-                    call.threshold,
-                    call.scale,
-                    *call.config.block_size,
-                    self.sub_block,
-                    self.pool,
-                    self.pool_mode == "last",
-                    self.bits,
-                    call.config.sink_tokens,
-                    call.config.local_tokens,
-                    call.room.budget,
-                )
-            )
-        return self._select_listed(call, codes, structure)
-
-    def _select_listed(self, call: "Call", codes: tuple[Tensor, ...], structure: Structure) -> Selection:
-        assert call.masked is not None
-        assert structure.candidates is not None
-        mean, *of_keys = codes
-        sub_block, last = self._sub_block(call), self.pool_mode == "last"
-        pooled = listed_ops.listed_pool(
-            call.query, mean, call.bounds, call.scale, call.grid.block_q, self.pool, last, self.bits, sub_block > 1
-        )
+        mean, moments = codes
         return Selection(
-            *listed_ops.listed_mass(
+            *ops.mass_hits(
+                call.query,
                 call.key,
-                *of_keys,
-                *pooled,
-                structure.candidates.counts,
-                structure.candidates.blocks,
-                structure.visibility.full,
-                *call.masked.spec,
-                *call.masked.score,
+                mean,
+                moments,
+                call.spec,
+                structure,
+                call.score,
                 call.threshold,
                 call.scale,
-                call.grid.q_len,
-                *call.config.block_size,
-                sub_block,
-                self.pool,
-                self.bits,
+                call.grid,
+                self.mass_options(call),
+                call.near,
                 call.room.budget,
             )
         )
 
     def scores(self, call: "Call", structure: Structure | None = None) -> Tensor:
-        """Scores on `sale_flex.selection.rules.ladder.LADDER`, of plain causal attention; see `Rule.scores`."""
+        """Scores on `sale_flex.selection.rules.ladder.LADDER`; see `Rule.scores`."""
         from sale_flex.selection.rules.mass_scores import (
             block_scores,  # here: of all there is, only calibration wants it
         )
 
-        return block_scores(self, call)
+        return block_scores(self, call, structure)
+
+    def mass_options(self, call: "Call") -> MassOptions:
+        """How a call is estimated."""
+        return MassOptions(self._sub_block(call), self.pool, self.pool_mode == "last", self.bits)
 
     def describe(self) -> str:
         """Options in a phrase."""
@@ -181,7 +153,7 @@ class Mass(Rule):
         return 1 if call.masked is not None and call.masked.needs_scan else self.sub_block
 
 
-def _codes_of_both(rule: Mass, call: "Call", mean: Tensor, sub_block: int) -> tuple[Tensor, ...]:
+def _codes_of_both(rule: Mass, call: "Call", mean: Tensor, sub_block: int) -> KeyMoments:
     """What `ops.quantize_moments` returns, from stored codes and from keys. NaN scales are the store's flags."""
     assert call.reuse is not None
     key, block_k, moments = call.key, call.grid.block_k, sub_block > 1
@@ -204,4 +176,4 @@ def _codes_of_both(rule: Mass, call: "Call", mean: Tensor, sub_block: int) -> tu
     if stale is not None:
         # One block's sum is a part of every row's total: a wrong one could lose the others.
         flags = flags | stale.any(-1, keepdim=True)
-    return *of_means, *of_variances, pack_bits(flags)
+    return KeyMoments(*of_means, *of_variances, pack_bits(flags))

@@ -6,14 +6,13 @@ exact softmax statistics of the row's sink and local keys.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sale_flex import ops
-from sale_flex.blocks.mask_spec import Structure
-from sale_flex.ops import listed as listed_ops
+from sale_flex.kernels.arguments import Structure
 from sale_flex.selection.key_codes import Coded, Form, code_rest
 from sale_flex.selection.rules.base import BITS, Rule, Selection, check_one_of, register_rule
 
@@ -45,7 +44,7 @@ class Relative(Rule):
         mean = ops.key_mean(key, bounds, call.config.smooth_tokens)
 
         def quantize(part: Tensor, where: Tensor) -> list[Coded]:
-            return [Coded(*ops.quantize_groups(part, mean, where, block_k, self.bits))]
+            return [Coded(*ops.quantize_groups(part, mean, where, block_k, self.bits, False))]
 
         if call.reuse is None:
             return mean, *quantize(key, bounds)[0]
@@ -57,80 +56,47 @@ class Relative(Rule):
             return mean, *of_keys
         return mean, of_keys.codes, _spoil(of_keys.scale, stale, bounds[:, 1], block_k)
 
-    def select(self, call: "Call", codes: tuple[Tensor, ...], structure: Structure | None) -> Selection:
+    def select(self, call: "Call", codes: tuple[Any, ...], structure: Structure | None) -> Selection:
         """Hit bits, and hits given up; see `Rule.select`."""
-        if structure is not None:
-            return self._select_listed(call, codes, structure)
         mean, key_codes, key_scale = codes
-        config = call.config
-        query_codes, query_scale = ops.quantize_rows(call.query, self.bits)
-        limit = ops.row_limits(
+        query_codes, query_scale = ops.quantize_rows(call.query, self.bits, False)
+        limit, shift = ops.row_limits(
             call.query,
+            query_scale,
             call.key,
             mean,
-            query_scale,
-            call.bounds,
+            call.spec,
+            structure,
+            call.score,
             call.threshold,
             call.scale,
-            config.sink_tokens,
-            config.local_tokens,
+            call.grid,
+            call.near,
         )
         hits = ops.scan_max(
-            query_codes,
-            limit,
-            key_codes,
-            key_scale,
-            call.bounds,
-            *call.grid,
-            config.local_tokens,
-            call.no_left_padding,
-        )
-        return Selection(hits)
-
-    def _select_listed(self, call: "Call", codes: tuple[Tensor, ...], structure: Structure) -> Selection:
-        assert call.masked is not None
-        assert structure.candidates is not None
-        mean, key_codes, key_scale = codes
-        candidates, spec, score = structure.candidates, call.masked.spec, call.masked.score
-        query_codes, query_scale = ops.quantize_rows(call.query, self.bits)
-        limit, shift = listed_ops.listed_limits(
-            call.query,
-            call.key,
-            mean,
-            candidates.counts,
-            candidates.blocks,
-            structure.visibility.row_kv_bounds,
-            *spec,
-            *score,
-            call.threshold,
-            call.scale,
-            *call.config.block_size,
-            call.config.sink_tokens,
-            call.config.local_tokens,
-        )
-        hits = listed_ops.listed_scan(
             query_codes,
             query_scale,
             key_codes,
             key_scale,
             limit,
             shift,
-            candidates.counts,
-            candidates.blocks,
-            *spec,
-            *score,
+            call.spec,
+            structure,
+            call.score,
             call.scale,
-            *call.grid,
+            call.grid,
+            call.config.local_tokens,
+            call.no_left_padding,
         )
         return Selection(hits)
 
     def scores(self, call: "Call", structure: Structure | None = None) -> Tensor:
-        """Scores on `sale_flex.selection.rules.ladder.LADDER`, of plain causal attention; see `Rule.scores`."""
+        """Scores on `sale_flex.selection.rules.ladder.LADDER`; see `Rule.scores`."""
         from sale_flex.selection.rules.relative_scores import (
             block_scores,  # here: of all there is, only calibration wants it
         )
 
-        return block_scores(self, call)
+        return block_scores(self, call, structure)
 
     def describe(self) -> str:
         """Options in a phrase."""

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which key a query row of a programmed call sees: positions, the mask_mod and the caller's own block mask.
+"""Which key a query row sees: positions, the mask_mod and the caller's own block mask.
 
-Jit helpers that the kernels of programmed calls share. A mask_mod comes as a jit function, known when a kernel is
+Jit helpers that the kernels of calls under mods share. A mask_mod comes as a jit function, known when a kernel is
 built, and a tuple of what it reads, or as None.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .arguments import MaskSpec
 
 
 @triton.jit
@@ -44,7 +46,7 @@ def allowed(
 
 
 @triton.jit
-def seen(
+def sees_key(
     b, h, q, kv, first_key, offset, start, end, q_len, kv_len, listed_ptr, words, AUX,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -107,12 +109,13 @@ def mod_arguments(mod: tuple[object, tuple[object, ...]] | None) -> tuple[object
     return (None, ()) if mod is None else mod
 
 
-def listed_arguments(listed: Tensor | None, bounds: Tensor) -> tuple[Tensor, int, int, int]:
+def listed_arguments(spec: MaskSpec) -> tuple[Tensor, int, int, int]:
     """The caller's block mask as kernels take it: tensor, strides of batch row and head (0: shared), words a row.
 
-    Where there is none, `bounds` stands for it: Triton before 3.7 passes None to no function that returns it.
+    Where there is none, the bounds stand for it: Triton before 3.7 passes None to no function that returns it.
     """
+    listed = spec.listed
     if listed is None:
-        return bounds, 0, 0, 0
+        return spec.bounds, 0, 0, 0
     stride_b, stride_h = (0 if listed.shape[axis] == 1 else listed.stride(axis) for axis in (0, 1))
     return listed, stride_b, stride_h, listed.shape[3]

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What blocks weigh in the softmax of pooled rows, score_mod included: jit functions of `listed_mass`.
+"""What blocks weigh in the softmax of pooled rows, score_mod included: jit functions of `masked_mass`.
 
 `weigh_exactly` goes through blocks element by element, and asks who sees whom. `sum_codes`, and with a score_mod
 `weigh`, take blocks that are seen as a whole by the codes of their sub-blocks' moments, gathered through a list: what
-the GPU spends its time on. As in `mass`, columns are loaded in an order that leaves a block's sub-blocks in one thread.
+the GPU spends its time on.
 """
 
 import triton
 import triton.language as tl
 
-from .fixed_point import by_part, fixed_factor
+from .fixed_point import by_part, coded_logits, column_order, sum_parts
 from .primitives import is_finite
-from .seen import seen
+from .visibility import sees_key
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -42,7 +42,7 @@ def sort_candidates(
             q = first_row + tl.arange(0, ROWS)[:, None] * P + step % P
             first_key = block * BLOCK_K + step // P * BLOCK_E
             real = (q < q_len) & (q + offset >= start) & (q + offset < end)
-            sees = seen(
+            sees = sees_key(
                 b, head, q, (first_key + tl.arange(0, BLOCK_E))[None, :], first_key, offset, start, end, q_len, kv_len,
                 listed_ptr, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_E,
             )  # fmt: skip
@@ -155,7 +155,7 @@ def weigh_exactly(
                 member_q = first_row + tl.arange(0, ROWS)[:, None] * P
                 sees = tl.zeros([ROWS, BLOCK_E], tl.int1)
                 for member in range(0, P):
-                    sees = sees | seen(
+                    sees = sees | sees_key(
                         b, head, member_q + member, kv, first_key, offset, start, end, q_len, kv_len,
                         listed_ptr, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_E,
                     )  # fmt: skip
@@ -213,20 +213,15 @@ def sum_codes(
     M: tl.constexpr = codes.shape[0]
     SUBS: tl.constexpr = BLOCK_K // G
     NB: tl.constexpr = BLOCK_N // SUBS  # key blocks a step
-    # A part is what one thread holds of a block in a step: all of it, unless a step has less than four blocks.
-    PART: tl.constexpr = SUBS if BLOCK_N >= 4 * SUBS else BLOCK_N // 4
+    PART: tl.constexpr = SUBS if BLOCK_N >= 4 * SUBS else BLOCK_N // 4  # see `fixed_point`
     PARTS: tl.constexpr = SUBS // PART
     SETS: tl.constexpr = BLOCK_N // (4 * PART)
     offsets_d = tl.arange(0, BLOCK_D)
     in_head = (offsets_d < D)[None, :]
-    column = tl.arange(0, BLOCK_N)
-    if PART > 1:
-        inside = column % (4 * PART)
-        column = (column // (4 * PART) * 4 + inside % 8 // 2) * PART + inside // 8 * 2 + inside % 2
+    column = column_order(BLOCK_N, PART)
     slot_of_part = (tl.arange(0, SETS)[:, None] * 4 + tl.arange(0, 4)[None, :]) // PARTS
     sub = column % SUBS
     slot_of_column = column // SUBS
-    constant = constant[:, None, None]
 
     if WHAT == PEAK:
         result = tl.full([M, 4], -(2**31), tl.int32)
@@ -238,6 +233,7 @@ def sum_codes(
     block = tl.load(list_ptr + tl.minimum(slot_of_part, count - 1))  # [SETS, 4]
     ahead = tl.load(list_ptr + tl.minimum(NB + slot_of_part, count - 1))
     mu_scale = tl.load(mu_scale_ptr + block)
+    var_scale = mu_scale
     if G > 1:
         var_scale = tl.load(var_scale_ptr + block)
     for step in range(0, tl.cdiv(count, NB)):
@@ -247,25 +243,22 @@ def sum_codes(
         keys = tl.load(list_ptr + tl.minimum((step + 1) * NB + slot_of_column, count - 1)) * SUBS + sub
         there = step * NB + slot_of_part < count
         product = tl.dot(codes, tl.trans(mu), out_dtype=tl.int32)
-        factor, shift, half = fixed_factor(by_row, mu_scale, LIMIT, WIDE)
-        mu_scale = tl.load(mu_scale_ptr + ahead)
+        square = 0
         if G > 1:
             square = tl.dot(squares, tl.trans(var), out_dtype=tl.int32)
-            square_by, square_shift, square_half = fixed_factor(by_square, var_scale, SQUARE_LIMIT, WIDE)
+        logits = coded_logits(
+            product, square, constant, by_row, mu_scale, by_square, var_scale,
+            PART, G > 1, WIDE, LIMIT, SQUARE_LIMIT, CAP,
+        )  # fmt: skip
+        mu_scale = tl.load(mu_scale_ptr + ahead)
+        if G > 1:
             var_scale = tl.load(var_scale_ptr + ahead)
-            rest = (constant + square_half)[:, :, :, None]
-            second = (by_part(square, PART) >> square_shift[:, :, :, None]) * square_by[:, :, :, None] + rest
-            rest = tl.minimum(second, (constant + CAP)[:, :, :, None]) + half[:, :, :, None]
-        else:
-            rest = (constant + half)[:, :, :, None]
         ahead = tl.load(list_ptr + tl.minimum((step + 2) * NB + slot_of_part, count - 1))
-        logit = (by_part(product, PART) >> shift[:, :, :, None]) * factor[:, :, :, None] + rest
         if WHAT == PEAK:
-            largest = tl.where(there[None, :, :], tl.max(logit, axis=3), -(2**31))
+            largest = tl.where(there[None, :, :], tl.max(logits, axis=3), -(2**31))
             result = tl.maximum(result, tl.max(largest, axis=1))
         else:
-            bits = tl.maximum(tl.minimum(logit, highest), 0) << 7
-            total = tl.where(there[None, :, :], tl.sum(bits.to(tl.float32, bitcast=True), axis=3), 0.0)
+            total = tl.where(there[None, :, :], sum_parts(logits, highest), 0.0)
             result += tl.sum(total, axis=1)
             if PARTS > 1:
                 total = tl.sum(tl.reshape(total, [M, NB, PARTS]), axis=2)
@@ -316,16 +309,12 @@ def weigh(
     M: tl.constexpr = codes.shape[0]
     SUBS: tl.constexpr = BLOCK_K // G
     NB: tl.constexpr = BLOCK_N // SUBS  # key blocks a step
-    # A part is what one thread holds of a block in a step: all of it, unless a step has less than four blocks.
-    PART: tl.constexpr = SUBS if BLOCK_N >= 4 * SUBS else BLOCK_N // 4
+    PART: tl.constexpr = SUBS if BLOCK_N >= 4 * SUBS else BLOCK_N // 4  # see `fixed_point`
     PARTS: tl.constexpr = SUBS // PART
     SETS: tl.constexpr = BLOCK_N // (4 * PART)
     offsets_d = tl.arange(0, BLOCK_D)
     in_head = (offsets_d < D)[None, :]
-    column = tl.arange(0, BLOCK_N)
-    if PART > 1:
-        inside = column % (4 * PART)
-        column = (column // (4 * PART) * 4 + inside % 8 // 2) * PART + inside // 8 * 2 + inside % 2
+    column = column_order(BLOCK_N, PART)
     part = tl.arange(0, SETS)[:, None] * 4 + tl.arange(0, 4)[None, :]
     middle = (tl.arange(0, PART) * G + G // 2)[None, None, None, :]
     shift = shift[:, None, None, None]

@@ -1,29 +1,32 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The relative rule of a programmed call: what rows' scores must reach, and which candidate blocks do.
+"""The relative rule of a call under mods: what rows' scores must reach, and which candidate blocks do.
 
-Entry points: `listed_limits` and `listed_scan`. A program of the first takes rows of one query block of one head and
-walks its always-kept blocks, which hold all sink and local keys; the second takes a query block, multiplies its codes
-with those of the candidates' keys on the int8 matrix units, and looks at every score after the score_mod. Whole
-candidates, which all rows see, are not masked.
+Entry points: `masked_limits`, for `row_limits.row_limits`, and `masked_scan`, for `scan.scan_max`. A program of the
+first takes rows of one query block of one head and walks its always-kept blocks, which hold all sink and local keys;
+the second takes a query block, multiplies its codes with those of the candidates' keys on the int8 matrix units, and
+looks at every score after the score_mod. Whole candidates, which all rows see, are not masked.
+
+Without a score_mod limits are in units of products of codes times the keys' scales, as in plain causal attention; with
+one they are logits, and scores get back what smoothing took from them.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import Grid, MaskSpec, ModLike, Near, Structure
 from .primitives import bit_or, is_finite, nan_max
-from .seen import at_head, listed_arguments, mod_arguments, seen
+from .quantize import CODE_ROWS
+from .visibility import at_head, listed_arguments, mod_arguments, sees_key
 
 
 @triton.jit
-def _listed_limits_kernel(
+def _masked_limits_kernel(
     query_ptr, stride_qb, stride_qh, stride_qs, stride_qd, key_ptr, stride_kb, stride_kh, stride_ks, stride_kd,
-    mean_ptr, counts_ptr, lists_ptr, rows_ptr, bounds_ptr,
+    mean_ptr, query_scale_ptr, counts_ptr, lists_ptr, rows_ptr, bounds_ptr,
     listed_ptr, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold_ptr, limit_ptr, shift_ptr,
-    scale, q_len, kv_len, query_blocks, key_blocks, sink_tokens, local_tokens,
+    scale, q_len, kv_len, limit_rows, query_blocks, key_blocks, sink_tokens, local_tokens,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, STRUCTURE_HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, LISTED_Q: tl.constexpr, LISTED_K: tl.constexpr, SCORE: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -43,6 +46,7 @@ def _listed_limits_kernel(
         stride_ks: Keys: from key to key.
         stride_kd: Keys: from channel to channel.
         mean_ptr: Smoothing mean, float32 ``[B, Hkv, D]``.
+        query_scale_ptr: Scales of the queries' codes, float32 ``[B, Hq, Sq]``; not read with a score_mod.
         counts_ptr: How many blocks are always kept, partial and whole candidates, int32 ``[B, Hs, nq, 3]``.
         lists_ptr: Blocks: always kept, partial, whole; int32 ``[B, Hs, nq, nk]``.
         rows_ptr: First and last key that each row sees, int32 ``[B, Hs, 2, nq * BLOCK_Q]``.
@@ -55,11 +59,12 @@ def _listed_limits_kernel(
         mask_aux: What the mask_mod reads.
         score_aux: What the score_mod reads.
         threshold_ptr: Relative attention score, float32 ``[Hq]``.
-        limit_ptr: Result: what scores of a row must reach, float32 ``[B, Hq, nq * BLOCK_Q]``; +inf if it sees nothing.
-        shift_ptr: Result: logits of the smoothing mean, float32 ``[B, Hq, nq * BLOCK_Q]``.
+        limit_ptr: Result: what scores of a row must reach, float32 ``[B, Hq, R]``; +inf if it sees nothing.
+        shift_ptr: Result: logits of the smoothing mean, float32 ``[B, Hq, R]``; not written without a score_mod.
         scale: Softmax scale.
         q_len: Sq.
         kv_len: Skv.
+        limit_rows: R: query rows, padded; no fewer than those of all query blocks.
         query_blocks: nq.
         key_blocks: nk.
         sink_tokens: Keys from a row's first one on that are in the statistics.
@@ -88,7 +93,8 @@ def _listed_limits_kernel(
     start = tl.load(bounds_ptr + b * 3 + 1)
     end = tl.load(bounds_ptr + b * 3 + 2)
     structure = (b * STRUCTURE_HEADS + (head if STRUCTURE_HEADS > 1 else 0)).to(tl.int64)
-    line = structure * query_blocks + tl.program_id(0) * BLOCK_M // BLOCK_Q
+    # Behind the last query block there are rows that see nothing.
+    line = structure * query_blocks + tl.minimum(tl.program_id(0) * BLOCK_M // BLOCK_Q, query_blocks - 1)
     always = tl.load(counts_ptr + line * 3)
     list_ptr = lists_ptr + line * key_blocks
     listed_ptr = at_head(listed_ptr, b, head, listed_b, listed_h, LISTED_Q)
@@ -96,8 +102,9 @@ def _listed_limits_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     there = rows < q_len
     ends = rows_ptr + structure * 2 * query_blocks * BLOCK_Q + rows
-    first = tl.load(ends)
-    last = tl.load(ends + query_blocks * BLOCK_Q)
+    in_blocks = rows < query_blocks * BLOCK_Q
+    first = tl.load(ends, mask=in_blocks, other=0)
+    last = tl.load(ends + query_blocks * BLOCK_Q, mask=in_blocks, other=-1)
     position = offset + rows
     offsets_d = tl.arange(0, BLOCK_D)
     query_ptr += b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
@@ -105,7 +112,7 @@ def _listed_limits_kernel(
     query = tl.load(pointers, mask=there[:, None] & (offsets_d < D)[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
     mean_at = mean_ptr + (b * KV_HEADS + kv_head).to(tl.int64) * D
     mean = tl.load(mean_at + offsets_d, mask=offsets_d < D, other=0.0)
-    shift = tl.sum(query.to(tl.float32) * mean[None, :], axis=1) * scale
+    shift = tl.sum(query.to(tl.float32) * mean[None, :], axis=1)
     key_ptr += b.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -115,9 +122,12 @@ def _listed_limits_kernel(
         kv = first_key + tl.arange(0, BLOCK_N)
         key_at = key_ptr + kv.to(tl.int64)[None, :] * stride_ks + offsets_d[:, None] * stride_kd
         key = tl.load(key_at, mask=(offsets_d < D)[:, None] & (kv < kv_len)[None, :], other=0.0)
-        logits = tl.dot(query, key, input_precision="ieee") * scale
+        logits = tl.dot(query, key, input_precision="ieee")
         kv = kv[None, :]
-        if SCORE is not None:
+        if SCORE is None:
+            logits = (logits - shift[:, None]) * scale
+        else:
+            logits *= scale
             score = SCORE(logits, b, head, tl.minimum(rows, q_len - 1)[:, None], tl.minimum(kv, kv_len - 1), score_aux)
             logits, _ = tl.broadcast(score.to(tl.float32), logits)
         near = kv < first[:, None] + sink_tokens
@@ -125,7 +135,7 @@ def _listed_limits_kernel(
             near = near | (kv > position[:, None] - local_tokens)
         else:
             near = near | ((kv > position[:, None] - local_tokens) & (kv < position[:, None] + local_tokens))
-        near = near & seen(
+        near = near & sees_key(
             b, head, rows[:, None], kv, first_key, offset, start, end, q_len, kv_len,
             listed_ptr, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_N,
         )  # fmt: skip
@@ -137,13 +147,15 @@ def _listed_limits_kernel(
         peak = new_peak
     threshold = tl.load(threshold_ptr + head)
     limit = tl.where(threshold > 0, peak + tl.log(total) + tl.log(threshold), float("-inf"))
-    out = bh * query_blocks * BLOCK_Q + rows
-    tl.store(limit_ptr + out, tl.where(last >= 0, limit, float("inf")))
-    tl.store(shift_ptr + out, shift)
+    if SCORE is None:
+        limit /= scale * tl.load(query_scale_ptr + bh * q_len + rows, mask=there, other=1.0)
+    else:
+        tl.store(shift_ptr + bh * limit_rows + rows, shift * scale)
+    tl.store(limit_ptr + bh * limit_rows + rows, tl.where(last >= 0, limit, float("inf")))
 
 
 @triton.jit
-def _listed_scan_kernel(
+def _masked_scan_kernel(
     query_codes_ptr, query_scale_ptr, key_codes_ptr, key_scale_ptr, limit_ptr, shift_ptr, counts_ptr, lists_ptr,
     bounds_ptr, listed_ptr, listed_b, listed_h, listed_words, mask_aux, score_aux, hits_ptr,
     scale, q_len, kv_len, query_rows, key_rows, query_blocks, key_blocks, words,
@@ -155,12 +167,12 @@ def _listed_scan_kernel(
 
     Args:
         query_codes_ptr: Codes of the queries, int8 ``[B, Hq, R, D]``.
-        query_scale_ptr: Scales of the queries' codes, float32 ``[B, Hq, Sq]``.
+        query_scale_ptr: Scales of the queries' codes, float32 ``[B, Hq, Sq]``; read with a score_mod.
         key_codes_ptr: Codes of the smoothed keys, int8 ``[B, Hkv, R', D]``.
         key_scale_ptr: Scales of the keys' codes, float32 ``[B, Hkv, R' / BLOCK_K]``: a group's, counted from the first
             valid key.
-        limit_ptr: What scores of a row must reach, float32 ``[B, Hq, nq * BLOCK_Q]``.
-        shift_ptr: Logits of the smoothing mean, float32 ``[B, Hq, nq * BLOCK_Q]``.
+        limit_ptr: What scores of a row must reach, float32 ``[B, Hq, R]``.
+        shift_ptr: Logits of the smoothing mean, float32 ``[B, Hq, R]``; read with a score_mod.
         counts_ptr: How many blocks are always kept, partial and whole candidates, int32 ``[B, Hs, nq, 3]``.
         lists_ptr: Blocks: always kept, partial, whole; int32 ``[B, Hs, nq, nk]``.
         bounds_ptr: int32 ``[B, 3]`` = (q_offset, start, end).
@@ -215,9 +227,10 @@ def _listed_scan_kernel(
     d_mask = (offsets_d < D)[None, :]
     codes_at = query_codes_ptr + (bh * query_rows + rows)[:, None] * D + offsets_d[None, :]
     codes = tl.load(codes_at, mask=d_mask, other=0)  # [BLOCK_Q, BLOCK_D]
-    by_row = tl.load(query_scale_ptr + bh * q_len + rows, mask=rows < q_len, other=0.0) * scale
-    limit = tl.load(limit_ptr + bh * query_blocks * BLOCK_Q + rows)
-    shift = tl.load(shift_ptr + bh * query_blocks * BLOCK_Q + rows)
+    limit = tl.load(limit_ptr + bh * query_rows + rows)
+    if SCORE is not None:
+        by_row = tl.load(query_scale_ptr + bh * q_len + rows, mask=rows < q_len, other=0.0) * scale
+        shift = tl.load(shift_ptr + bh * query_rows + rows)
     key_codes_ptr += kv_head * key_rows * D
     key_scale_ptr += kv_head * (key_rows // BLOCK_K)
     hits_ptr += (bh * query_blocks + query_block) * words
@@ -236,12 +249,14 @@ def _listed_scan_kernel(
         kv = block * BLOCK_K + column
         product = tl.dot(codes, tl.trans(key_codes), out_dtype=tl.int32).to(tl.float32)
         of_key = tl.load(key_scale_ptr + tl.maximum(kv - start, 0) // BLOCK_K)
-        estimate = product * (of_key[None, :] * by_row[:, None]) + shift[:, None]
-        if SCORE is not None:
+        if SCORE is None:
+            estimate = product * of_key[None, :]
+        else:
+            estimate = product * (of_key[None, :] * by_row[:, None]) + shift[:, None]
             score = SCORE(estimate, b, head, q, tl.minimum(kv, kv_len - 1)[None, :], score_aux)
             estimate, _ = tl.broadcast(score.to(tl.float32), estimate)
         if slot < partial:
-            sees = seen(
+            sees = sees_key(
                 b, head, rows[:, None], kv[None, :], block * BLOCK_K, offset, start, end, q_len, kv_len,
                 listed_ptr, listed_words, mask_aux, CAUSAL, MASK, LISTED_Q, LISTED_K, BLOCK_K,
             )  # fmt: skip
@@ -259,71 +274,40 @@ def _listed_scan_kernel(
             bits = tl.zeros([BLOCK_Q], tl.int32)
 
 
-def listed_limits(
+def masked_limits(
     query: Tensor,
+    query_scale: Tensor,
     key: Tensor,
     mean: Tensor,
-    counts: Tensor,
-    lists: Tensor,
-    rows: Tensor,
-    bounds: Tensor,
-    causal: bool,
-    mask: Any,
-    listed: Tensor | None,
-    listed_q: int,
-    listed_k: int,
-    score: Any,
+    spec: MaskSpec,
+    structure: Structure,
+    score: ModLike,
     threshold: Tensor,
     scale: float,
-    block_q: int,
-    block_k: int,
-    sink_tokens: int,
-    local_tokens: int,
+    grid: Grid,
+    near: Near,
 ) -> tuple[Tensor, Tensor]:
-    """What a row's scores must reach: the log-sum-exp over its sink and local keys, plus ln threshold.
-
-    Args:
-        query: ``[B, Hq, Sq, D]``, any strides.
-        key: ``[B, Hkv, Skv, D]``, any strides, the query's dtype.
-        mean: float32 ``[B, Hkv, D]``, the smoothing mean.
-        counts: From `block_lists`.
-        lists: From `block_lists`.
-        rows: From `block_structure`.
-        bounds: int32 ``[B, 3]``.
-        causal: Whether a row sees keys up to its position only.
-        mask: mask_mod as jit function and what it reads, or None.
-        listed: The caller's block mask as bits, as in `block_structure`, or None.
-        listed_q: Query rows a block of the caller's block mask.
-        listed_k: Keys a block of the caller's block mask.
-        score: score_mod as jit function and what it reads, or None.
-        threshold: float32 ``[Hq]``, relative attention score.
-        scale: Softmax scale.
-        block_q: Query rows a block.
-        block_k: Keys a block.
-        sink_tokens: Keys from a row's first one on that are in the statistics.
-        local_tokens: Keys up to a row's position (without `causal`, also from it on) that are in the statistics.
-
-    Returns:
-        float32 ``[B, Hq, nq * block_q]`` both: the limit, +inf for rows that see nothing, and `scale` times row times
-        `mean`.
-    """
+    """`row_limits.row_limits` of a call under mods: sink and local keys lie in blocks that are always kept."""
     batch, heads, q_len, dim = query.shape
-    query_blocks, key_blocks = counts.shape[2], lists.shape[3]
-    limit, shift = (query.new_empty(batch, heads, query_blocks * block_q, dtype=torch.float32) for _ in range(2))
-    listed_tensor, listed_b, listed_h, listed_words = listed_arguments(listed, bounds)
-    mask_function, mask_aux = mod_arguments(mask)
+    counts, lists = structure.candidates.counts, structure.candidates.blocks
+    padded = triton.cdiv(q_len, CODE_ROWS) * CODE_ROWS
+    limit, shift = (query.new_empty(batch, heads, padded, dtype=torch.float32) for _ in range(2))
+    listed, listed_b, listed_h, listed_words = listed_arguments(spec)
+    mask_function, mask_aux = mod_arguments(spec.mask)
     score_function, score_aux = mod_arguments(score)
     # Tiles as in `row_limits`.
     block_d = triton.next_power_of_2(dim)
     block_m = max(16, min(64, 16384 // (block_d * query.element_size())))
-    _listed_limits_kernel[(query_blocks * block_q // block_m, batch * heads)](
-        query, *query.stride(), key, *key.stride(), mean, counts, lists, rows, bounds,
-        listed_tensor, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold, limit, shift,
-        scale, q_len, key.shape[2], query_blocks, key_blocks, sink_tokens, local_tokens,
+    _masked_limits_kernel[(padded // block_m, batch * heads)](
+        query, *query.stride(), key, *key.stride(), mean, query_scale, counts, lists,
+        structure.visibility.row_kv_bounds, spec.bounds,
+        listed, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold, limit, shift,
+        scale, q_len, key.shape[2], padded, grid.query_blocks, grid.key_blocks, near.sink_tokens, near.local_tokens,
         HEADS=heads, KV_HEADS=key.shape[1], STRUCTURE_HEADS=counts.shape[1],
-        CAUSAL=causal, MASK=mask_function, LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
-        SCORE=score_function, D=dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k,
-        BLOCK_M=block_m, BLOCK_N=max(16, min(block_k, block_m // 2)), num_warps=4, num_stages=1,
+        CAUSAL=spec.causal, MASK=mask_function, LISTED_Q=0 if spec.listed is None else spec.listed_q,
+        LISTED_K=spec.listed_k, SCORE=score_function, D=dim, BLOCK_D=block_d, BLOCK_Q=grid.block_q,
+        BLOCK_K=grid.block_k, BLOCK_M=block_m, BLOCK_N=max(16, min(grid.block_k, block_m // 2)),
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     return limit, shift
 
@@ -334,69 +318,33 @@ def scan_options(head_dim: int, block_q: int, block_k: int) -> dict[str, int]:
     return {"num_warps": 8 if block_q * block_k > 8192 else 4, "num_stages": 2 if wide else 3}
 
 
-def listed_scan(
+def masked_scan(
     query_codes: Tensor,
     query_scale: Tensor,
     key_codes: Tensor,
     key_scale: Tensor,
     limit: Tensor,
     shift: Tensor,
-    counts: Tensor,
-    lists: Tensor,
-    bounds: Tensor,
-    causal: bool,
-    mask: Any,
-    listed: Tensor | None,
-    listed_q: int,
-    listed_k: int,
-    score: Any,
+    spec: MaskSpec,
+    structure: Structure,
+    score: ModLike,
     scale: float,
-    q_len: int,
-    kv_len: int,
-    block_q: int,
-    block_k: int,
+    grid: Grid,
 ) -> Tensor:
-    """Candidate blocks with an element that reaches its row's limit, as bits.
-
-    Args:
-        query_codes: int8 ``[B, Hq, R, D]`` from `quantize_rows`, R the padded rows.
-        query_scale: float32 ``[B, Hq, Sq]``.
-        key_codes: int8 ``[B, Hkv, R', D]`` from `quantize_groups` with ``group = block_k``.
-        key_scale: float32 ``[B, Hkv, R' / block_k]``.
-        limit: From `listed_limits`.
-        shift: From `listed_limits`.
-        counts: From `block_lists`.
-        lists: From `block_lists`.
-        bounds: int32 ``[B, 3]``.
-        causal: Whether a row sees keys up to its position only.
-        mask: mask_mod as jit function and what it reads, or None.
-        listed: The caller's block mask as bits, as in `block_structure`, or None.
-        listed_q: Query rows a block of the caller's block mask.
-        listed_k: Keys a block of the caller's block mask.
-        score: score_mod as jit function and what it reads, or None.
-        scale: Softmax scale.
-        q_len: Sq.
-        kv_len: Skv.
-        block_q: Query rows a block.
-        block_k: Keys a block.
-
-    Returns:
-        int32 ``[B, Hq, nq, ceil(nk / 32)]``; only the bits of candidates mean anything.
-    """
+    """`scan.scan_max` of a call under mods."""
     batch, heads, query_rows, dim = query_codes.shape
-    query_blocks, key_blocks = counts.shape[2], lists.shape[3]
-    words = triton.cdiv(key_blocks, 32)
-    hits = query_codes.new_zeros(batch, heads, query_blocks, words, dtype=torch.int32)
-    listed_tensor, listed_b, listed_h, listed_words = listed_arguments(listed, bounds)
-    mask_function, mask_aux = mod_arguments(mask)
+    counts, lists = structure.candidates.counts, structure.candidates.blocks
+    hits = counts.new_zeros(batch, heads, grid.query_blocks, grid.words)
+    listed, listed_b, listed_h, listed_words = listed_arguments(spec)
+    mask_function, mask_aux = mod_arguments(spec.mask)
     score_function, score_aux = mod_arguments(score)
-    _listed_scan_kernel[(query_blocks, batch * heads)](
-        query_codes, query_scale, key_codes, key_scale, limit, shift, counts, lists, bounds,
-        listed_tensor, listed_b, listed_h, listed_words, mask_aux, score_aux, hits,
-        scale, q_len, kv_len, query_rows, key_codes.shape[2], query_blocks, key_blocks, words,
+    _masked_scan_kernel[(grid.query_blocks, batch * heads)](
+        query_codes, query_scale, key_codes, key_scale, limit, shift, counts, lists, spec.bounds,
+        listed, listed_b, listed_h, listed_words, mask_aux, score_aux, hits,
+        scale, grid.q_len, grid.kv_len, query_rows, key_codes.shape[2], grid.query_blocks, grid.key_blocks, grid.words,
         HEADS=heads, KV_HEADS=key_codes.shape[1], STRUCTURE_HEADS=counts.shape[1],
-        CAUSAL=causal, MASK=mask_function, LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
-        SCORE=score_function, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
-        **scan_options(dim, block_q, block_k),
+        CAUSAL=spec.causal, MASK=mask_function, LISTED_Q=0 if spec.listed is None else spec.listed_q,
+        LISTED_K=spec.listed_k, SCORE=score_function, D=dim, BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k, **scan_options(dim, grid.block_q, grid.block_k),
     )  # fmt: skip
     return hits

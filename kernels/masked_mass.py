@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which candidate blocks of a programmed call take more than a share of a pooled row's softmax.
+"""Which candidate blocks of a call under mods take more than a share of a pooled row's softmax.
 
-Entry point: `listed_mass`. A program takes the pooled rows of one query block, of a few heads that share keys, and
-walks the query block's lists. Always-kept blocks and partial candidates are weighed element by element, whole
-candidates by the codes of their sub-blocks' moments, gathered through the list. Masses are written down, relative to
-a reference of each row, and compared with the row's cut once its total is known. Programs are persistent, so that what
-is written down is bounded by the GPU's size.
+Entry point: `masked_mass`, for `mass.mass_hits`. A program takes the pooled rows of one query block, of a few heads
+that share keys, and walks the query block's lists. Always-kept blocks and partial candidates are weighed element by
+element, whole candidates by the codes of their sub-blocks' moments, gathered through the list. Masses are written down,
+relative to a reference of each row, and compared with the row's cut once its total is known. Programs are persistent,
+so that what is written down is bounded by the GPU's size.
 
 Without a score_mod, arithmetic and decisions are those of `mass`: integers up to the masses, which are floats of their
 bits, and levels. A level of masses is a float that they have to reach, so that scratch holds masses in any case.
@@ -16,18 +16,18 @@ largest logit. Masses below 2**-126 of the reference count as none.
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import Grid, KeyMoments, MaskSpec, MassOptions, ModLike, Structure
 from .fixed_point import CENTER, FRACTION, HIGHEST, clamped_fixed_point, level
-from .listed_weights import ABSENT, CAREFUL, FAST, PEAK, sort_candidates, sum_codes, weigh, weigh_exactly
-from .pool import LOG2E
+from .masked_weights import ABSENT, CAREFUL, FAST, PEAK, sort_candidates, sum_codes, weigh, weigh_exactly
+from .pool import LOG2E, pool_rows
 from .primitives import rotation_stages
-from .seen import at_head, listed_arguments, mod_arguments
+from .visibility import at_head, listed_arguments, mod_arguments
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def _store_raised(cut_ptr, cut, base, raised, of_member, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _listed_mass_kernel(
+def _masked_mass_kernel(
     key_ptr, stride_b, stride_h, stride_s, stride_d, mu_ptr, mu_scale_ptr, var_ptr, var_scale_ptr, flags_ptr,
     rows_ptr, codes_ptr, squares_ptr, code_scale_ptr, shift_ptr, counts_ptr, lists_ptr, full_ptr, bounds_ptr,
     listed_ptr, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold_ptr,
@@ -361,94 +361,44 @@ def resident_programs(device: torch.device, block_m: int) -> int:
     return a_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def listed_mass(
+def masked_mass(
+    query: Tensor,
     key: Tensor,
-    mean_codes: Tensor,
-    mean_scale: Tensor,
-    var_codes: Tensor,
-    var_scale: Tensor,
-    nonfinite: Tensor,
-    rows: Tensor,
-    codes: Tensor,
-    square_codes: Tensor,
-    code_scale: Tensor,
-    shift: Tensor,
-    counts: Tensor,
-    lists: Tensor,
-    full: Tensor,
-    bounds: Tensor,
-    causal: bool,
-    mask: Any,
-    listed: Tensor | None,
-    listed_q: int,
-    listed_k: int,
-    score: Any,
+    mean: Tensor,
+    moments: KeyMoments,
+    spec: MaskSpec,
+    structure: Structure,
+    score: ModLike,
     threshold: Tensor,
     scale: float,
-    q_len: int,
-    block_q: int,
-    block_k: int,
-    sub_block: int,
-    pool: int,
-    bits: int,
+    grid: Grid,
+    options: MassOptions,
     budget: int,
 ) -> tuple[Tensor, Tensor]:
-    """Candidate blocks whose mass in some pooled row passes the threshold, as bits.
-
-    Args:
-        key: ``[B, Hkv, Skv, D]``, any strides.
-        mean_codes: Codes of sub-blocks' means, from `quantize_moments` with the same `block_k`, `sub_block` and `bits`.
-        mean_scale: Scales of the means, likewise.
-        var_codes: Codes of the variances, likewise.
-        var_scale: Scales of the variances, likewise.
-        nonfinite: Bits of the key blocks that are not finite, likewise: always hit.
-        rows: Pooled rows, from `listed_pool` with the same `block_q`, `pool` and `bits`, as what follows up to `shift`.
-        codes: Codes of the pooled rows.
-        square_codes: Squares of the codes.
-        code_scale: Scales of the codes.
-        shift: Logits of the smoothing mean.
-        counts: From `block_lists`.
-        lists: From `block_lists`.
-        full: Bits of full blocks, from `block_structure`: no mask is asked there. A bit of 0 is right, only slower.
-        bounds: int32 ``[B, 3]``.
-        causal: Whether a row sees keys up to its position only.
-        mask: mask_mod, or None.
-        listed: The caller's block mask, or None.
-        listed_q: Query rows a block of it.
-        listed_k: Keys a block of it.
-        score: score_mod as jit function and what it reads, or None.
-        threshold: float32 ``[Hq]``: share of a row's probability; 0 hits all candidates, 1 and more none.
-        scale: Softmax scale.
-        q_len: Sq.
-        block_q: Query rows a block.
-        block_k: Keys a block.
-        sub_block: Keys a sub-block; 1: scan every key, without variances.
-        pool: Query rows a pooled row.
-        bits: 4 or 8.
-        budget: Candidates a query block may hit at most; where more pass, its rows' cuts rise.
-
-    Returns:
-        int32 ``[B, Hq, nq, ceil(nk / 32)]``, and int32 ``[B, Hq, nq]``: hits given up for the budget.
-    """
-    batch, heads, _, dim = codes.shape
+    """`mass.mass_hits` of a call under mods; a bit of 0 in `structure.visibility.full` is right, only slower."""
+    batch, heads, _, dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
-    query_blocks, key_blocks = counts.shape[2], lists.shape[3]
-    words = nonfinite.shape[2]
-    hits = codes.new_zeros(batch, heads, query_blocks, words, dtype=torch.int32)
-    dropped = codes.new_empty(batch, heads, query_blocks, dtype=torch.int32)
+    sub_block, pool, bits = options.sub_block, options.pool, options.bits
+    rows, codes, square_codes, code_scale, shift = pool_rows(
+        query, mean, spec.bounds, scale, grid.block_q, pool, options.sample, bits, sub_block > 1
+    )
+    counts, lists = structure.candidates.counts, structure.candidates.blocks
+    query_blocks, key_blocks, words = grid.query_blocks, grid.key_blocks, moments.nonfinite.shape[2]
+    hits = query.new_zeros(batch, heads, query_blocks, words, dtype=torch.int32)
+    dropped = query.new_empty(batch, heads, query_blocks, dtype=torch.int32)
     group = heads // kv_heads
-    rows_q = block_q // pool
+    rows_q = grid.block_q // pool
     # Heads that see different things have lists of their own.
     together = heads_together(group, rows_q) if counts.shape[1] == 1 else 1
-    options = tile_options(dim, key.element_size(), rows_q, together, block_k // sub_block, block_k)
+    launch = tile_options(dim, key.element_size(), rows_q, together, grid.block_k // sub_block, grid.block_k)
     tiles = query_blocks * batch * heads // together
-    programs = min(tiles, resident_programs(key.device, options["BLOCK_M"]))
+    programs = min(tiles, resident_programs(key.device, launch["BLOCK_M"]))
     # A step's masses are written whole.
-    step_blocks = max(1, options["BLOCK_N"] * sub_block // block_k)
+    step_blocks = max(1, launch["BLOCK_N"] * sub_block // grid.block_k)
     stride = triton.cdiv(key_blocks + step_blocks, 16) * 16
-    scratch = codes.new_empty(programs, options["BLOCK_M"] * (stride + 1) + stride, dtype=torch.float32)
-    listed_tensor, listed_b, listed_h, listed_words = listed_arguments(listed, bounds)
-    mask_function, mask_aux = mod_arguments(mask)
+    scratch = query.new_empty(programs, launch["BLOCK_M"] * (stride + 1) + stride, dtype=torch.float32)
+    listed, listed_b, listed_h, listed_words = listed_arguments(spec)
+    mask_function, mask_aux = mod_arguments(spec.mask)
     score_function, score_aux = mod_arguments(score)
     top, square_top, var_top = (7, 49, 15) if bits == 4 else (127, 126, 127)
     code_factor = scale / (1 if sub_block > 1 else 2 ** rotation_stages(dim))
@@ -456,18 +406,18 @@ def listed_mass(
     if score is None:
         code_factor *= LOG2E * 2.0**FRACTION
         square_factor *= 2.0**FRACTION
-    _listed_mass_kernel[(programs,)](
-        key, *key.stride(), mean_codes, mean_scale, var_codes, var_scale, nonfinite,
-        rows, codes, square_codes, code_scale, shift, counts, lists, full, bounds,
-        listed_tensor, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold, scratch, hits, dropped,
-        q_len, kv_len, tiles, query_blocks, key_blocks, words, mean_codes.shape[2], stride,
+    _masked_mass_kernel[(programs,)](
+        key, *key.stride(), *moments, rows, codes, square_codes, code_scale, shift,
+        counts, lists, structure.visibility.full, spec.bounds,
+        listed, listed_b, listed_h, listed_words, mask_aux, score_aux, threshold, scratch, hits, dropped,
+        grid.q_len, kv_len, tiles, query_blocks, key_blocks, words, moments.mean_codes.shape[2], stride,
         scale if score is not None else scale * LOG2E, 1 / scale, code_factor, square_factor,
         127 - CENTER + math.log2(sub_block), HIGHEST, budget,
         HEADS=heads, KV_HEADS=kv_heads, STRUCTURE_HEADS=counts.shape[1], TOGETHER=together,
-        CAUSAL=causal, MASK=mask_function, LISTED_Q=0 if listed is None else listed_q, LISTED_K=listed_k,
-        SCORE=score_function, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
-        G=sub_block, P=pool, CHUNK=512, WIDE=bits == 8,
+        CAUSAL=spec.causal, MASK=mask_function, LISTED_Q=0 if spec.listed is None else spec.listed_q,
+        LISTED_K=spec.listed_k, SCORE=score_function, D=dim, BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k, G=sub_block, P=pool, CHUNK=512, WIDE=bits == 8,
         LIMIT=2**29 // (dim * top * top), SQUARE_LIMIT=2**29 // (dim * square_top * var_top),
-        CAP=round(2 * (sub_block - 1) * LOG2E * 2**FRACTION), enable_fp_fusion=score is not None, **options,
+        CAP=round(2 * (sub_block - 1) * LOG2E * 2**FRACTION), enable_fp_fusion=score is not None, **launch,
     )  # fmt: skip
     return hits, dropped
