@@ -15,6 +15,9 @@ if not HAS_GPU:
     # Triton reads this when a kernel is decorated, so it has to be there before any kernel is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Inductor reads this when it is imported. Debug information takes a compiler of C++ a third of its time.
+os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
+
 # No deadline anywhere: the first example of a property compiles what the others reuse.
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, database=None, print_blob=True)
@@ -27,16 +30,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 QUICK = {
-    "attention", "audit", "audit_captured", "bad_input", "geometry", "imports", "index_lists", "kept_record",
-    "key_codes_stale", "listed_ops", "mask_mods", "models_audit", "models_measured", "nonfinite", "ops", "reference",
-    "result_pages", "rotation", "rule", "stored", "turning",
+    "attention/attention", "attention/bad_input", "attention/nonfinite", "blocks/geometry", "call/audit",
+    "call/audit_captured", "call/index_lists", "call/mask_mods", "console/stored", "docs/result_pages",
+    "integrations/audit", "integrations/measured", "ops/ops", "ops/torch_path", "package/imports",
+    "reference/reference", "selection/kept_record", "selection/key_codes_stale", "selection/turning",
 }  # fmt: skip
 """Files of ``pytest -m quick``, without ``test_``: every stage against the reference, and what users meet first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem.removeprefix("test_") in QUICK:
+        if f"{item.path.parent.name}/{item.path.stem.removeprefix('test_')}" in QUICK:
             item.add_marker(pytest.mark.quick)
     if HAS_GPU:
         return
@@ -89,4 +93,32 @@ def poisoned_allocations() -> Iterator[None]:
             patch.setattr(torch, name, poisoning(getattr(torch, name)))
         patch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
         patch.setattr(torch.Tensor, "new_empty_strided", poisoning(torch.Tensor.new_empty_strided))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def original_reduction() -> Iterator[Any]:
+    """Let interpreted kernels reduce by slices; the fixture is what Triton has for it, or None without Triton."""
+    try:
+        from triton.runtime.interpreter import ReduceOps
+    except ImportError:
+        yield None
+        return
+    from interpreter_harness import fold_slices
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = ReduceOps.generic_reduce
+        patch.setattr(ReduceOps, "generic_reduce", fold_slices)
+        yield original
+
+
+@pytest.fixture(scope="module")
+def uncompiled_attention() -> Iterator[None]:
+    """Attention by index lists in plain torch: a program of flex_attention takes Inductor many seconds.
+
+    For whole files (``pytestmark = pytest.mark.usefixtures("uncompiled_attention")``), since it lasts as long as one.
+    """
+    from attention_harness import attend_listed, attention_by  # here: it imports kernels
+
+    with attention_by(attend_listed):
         yield
