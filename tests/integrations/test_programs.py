@@ -22,6 +22,8 @@ from models_harness import (
 
 import sale_flex.integrations.transformers as sale_hf
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_a_padded_prompt_is_eagers(family):

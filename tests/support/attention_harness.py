@@ -27,17 +27,15 @@ def attend_listed(
     kernel_options: dict[str, Any] | None = None,
     score_mod: ScoreMod | None = None,
     return_lse: bool = False,
-    backward: bool = False,
-    has_mods: bool = False,
-) -> tuple[Tensor, None]:
+    *flags: bool,
+) -> tuple[Tensor, Tensor | None]:
     """What `run_flex` computes on a CPU, in plain float32: attention on the blocks that the index lists name.
 
     The mask_mod is asked in partial blocks alone, as by the compiled kernel, and lists that break a rule are an
     AssertionError. A GPU and a caller's compiled program get `run_flex` itself.
     """
     if query.is_cuda or torch.compiler.is_compiling():
-        given = (query, key, value, block_mask, scale, kernel_options, score_mod, return_lse, backward, has_mods)
-        return run_flex(*given)
+        return run_flex(query, key, value, block_mask, scale, kernel_options, score_mod, return_lse, *flags)
     assert not return_lse, "on a CPU flex_attention has none"
     lengths = query.shape[2], key.shape[2]
     assert block_mask.seq_lengths == lengths
