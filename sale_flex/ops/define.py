@@ -12,7 +12,7 @@ function (CUDA) or the traced graph (elsewhere).
 """
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any, Generic, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -112,7 +112,7 @@ class Op(Generic[P, R]):
     def _of(self, implementation: str | Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         """Implementations by dispatch key."""
         if not isinstance(implementation, str):
-            return {"CompositeExplicitAutograd": self._implemented(implementation, _torch_mod)}
+            return {"CompositeExplicitAutograd": self._implemented(implementation, torch_mod)}
         name = self.__name__
 
         def kernel(*args: Any) -> Any:
@@ -124,7 +124,7 @@ class Op(Generic[P, R]):
         on_device = self._implemented(kernel, _triton_mod)
         return {
             "CUDA": lambda *flat: on_device(*(_contiguous(arg) for arg in flat)),
-            "CompositeExplicitAutograd": self._implemented(fallback, _torch_mod),
+            "CompositeExplicitAutograd": self._implemented(fallback, torch_mod),
         }
 
     def _implemented(self, function: Callable[..., Any], mod: Callable[[str, list[Tensor]], Any]) -> Callable[..., Any]:
@@ -166,7 +166,8 @@ def _triton_mod(key: str, tensors: list[Tensor]) -> tuple[Any, Any]:
     return program(key).triton, program(key).arguments(tensors)
 
 
-def _torch_mod(key: str, tensors: list[Tensor]) -> Callable[..., Tensor]:
+def torch_mod(key: str, tensors: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """A mod as the torch path takes it, by the key of its program and the tensors that it captures."""
     return partial(program(key).evaluate, tensors)
 
 

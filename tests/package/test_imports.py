@@ -51,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"blocks", "kernels.arguments", "mods.compiler"},
     "ops.fallback": {"blocks", "kernels.arguments"},
     "reference": set(),
-    "selection": {"blocks", "kernels.arguments", "mods.compiler", "ops", "ops.fallback"},
+    "selection": {"blocks", "kernels.arguments", "ops", "ops.fallback"},
     "stats": {"blocks", "kernels.arguments"},
     "testing": {"config", "mods", "reference", "selection"},
 }

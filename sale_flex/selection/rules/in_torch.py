@@ -2,12 +2,11 @@
 """A call's mods as the torch path takes them, for scores: those are computed there on every device."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sale_flex.blocks.mask_spec import Mod
 from sale_flex.kernels.arguments import MaskSpec
-from sale_flex.mods.compiler import program
+from sale_flex.ops.define import torch_mod
 
 if TYPE_CHECKING:
     from sale_flex.call.facts import Call
@@ -19,4 +18,4 @@ def mods_in_torch(call: "Call") -> tuple[MaskSpec, Callable[..., Any] | None]:
 
 
 def _in_torch(mod: Mod) -> Callable[..., Any] | None:
-    return partial(program(mod.key).evaluate, mod.tensors) if mod.key else None
+    return torch_mod(mod.key, mod.tensors) if mod.key else None
