@@ -84,7 +84,6 @@ def keep_map(
     scale: float | None = None,
     dtype: torch.dtype = torch.float32,
     budget: int | None = None,
-    moments: Moments | None = None,
 ) -> KeepMap:
     """Which blocks `config` (a `SaleConfig`) keeps, from whole score matrices.
 
@@ -102,7 +101,6 @@ def keep_map(
         scale: Softmax scale; by default ``D ** -0.5``.
         dtype: float32 or float64, the arithmetic of logits and statistics.
         budget: Mass rule: most blocks that a query block may ask for by their masses; None for all.
-        moments: Mass rule: codes of the keys to use instead of the reference's own.
 
     Raises:
         ValueError: `min_length` is None, or the rule is not one of these two.
@@ -115,7 +113,7 @@ def keep_map(
     if 2 * query.shape[2] < block_q:  # a step of decoding
         call = call._replace(always=call.visible)
     if config.rule.name == "mass":
-        choice = mass_choice(call, config, budget, moments)
+        choice = mass_choice(call, config, budget)
     elif config.rule.name == "relative":
         choice = relative_choice(call, config)
     else:

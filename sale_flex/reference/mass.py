@@ -119,7 +119,7 @@ def _whole(call: Call, block_q: int, block_k: int) -> Tensor:
     return valid & ~block_any(real & ~call.elements, block_q, block_k)
 
 
-def mass_choice(call: Call, config: Any, budget: int | None = None, moments: Moments | None = None) -> Choice:
+def mass_choice(call: Call, config: Any, budget: int | None = None) -> Choice:
     """The candidates that take at least the threshold of some pooled row's softmax.
 
     Asked for without a mass are blocks with a key that is not finite: they do not count for the budget. A pooled row
@@ -129,12 +129,10 @@ def mass_choice(call: Call, config: Any, budget: int | None = None, moments: Mom
         call: What is decided on.
         config: The fields of `sale_flex.SaleConfig`.
         budget: Most candidates that a query block may ask for by their masses; None for all.
-        moments: Codes to use instead of those of `quantize_moments`.
     """
     options = mass_options(config)
     block_k = options.block_size[1]
-    if moments is None:
-        moments = quantize_moments(call.key, call.mean, call.bounds, block_k, options.sub_block, options.bits)
+    moments = quantize_moments(call.key, call.mean, call.bounds, block_k, options.sub_block, options.bits)
     heads = call.query.shape[1]
     nonfinite = repeat_heads(moments.nonfinite, heads)[:, :, None]
     threshold = torch.as_tensor(config.rule.threshold, dtype=torch.float32, device=call.key.device).expand(heads)
