@@ -32,7 +32,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 QUICK = {
     "attention/attention", "attention/bad_input", "attention/nonfinite", "blocks/geometry", "call/audit",
     "call/audit_captured", "call/index_lists", "call/mask_mods", "console/stored", "docs/result_pages",
-    "integrations/audit", "integrations/measured", "ops/ops", "ops/torch_path", "package/imports",
+    "integrations/audit", "integrations/measured", "ops/torch_path", "package/imports",
     "reference/reference", "selection/kept_record", "selection/key_codes_stale", "selection/turning",
 }  # fmt: skip
 """Files of ``pytest -m quick``, without ``test_``: every stage against the reference, and what users meet first."""
