@@ -24,7 +24,8 @@ from torch import Tensor
 
 from .arguments import Grid, KeyMoments, MaskSpec, MassOptions, ModLike, Structure
 from .fixed_point import CENTER, FRACTION, HIGHEST, clamped_fixed_point, level
-from .masked_weights import ABSENT, CAREFUL, FAST, PEAK, sort_candidates, sum_codes, weigh, weigh_exactly
+from .mass_loop import CAREFUL, FAST, PEAK, sum_candidates
+from .masked_weights import ABSENT, sort_candidates, weigh_exactly
 from .pool import LOG2E, pool_rows
 from .primitives import rotation_stages
 from .visibility import at_head, listed_arguments, mod_arguments
@@ -199,13 +200,11 @@ def _masked_mass_kernel(
             squares = tl.load(squares_ptr + at[:, None] * D + offsets_d[None, :], mask=in_head, other=0)
         else:
             squares = codes
-        mu_at = mu_ptr + kv_head * sub_rows * D
-        mu_scale_at = mu_scale_ptr + kv_head * (sub_rows // (BLOCK_K // G))
-        var_at = var_ptr + kv_head * sub_rows * D
-        var_scale_at = var_scale_ptr + kv_head * (sub_rows // (BLOCK_K // G))
-        by_row = code_scale * code_factor
-        by_square = code_scale * code_scale * square_factor
+        at = kv_head * (sub_rows // (BLOCK_K // G))
+        moments = mu_ptr + kv_head * sub_rows * D, mu_scale_ptr + at, var_ptr + kv_head * sub_rows * D, var_scale_ptr + at
+        of_rows = codes, squares, code_scale * code_factor, code_scale * code_scale * square_factor
         if LEVELS:
+            scored = highest
             constant = clamped_fixed_point((bias - exact) * 65536.0, 2**29)
             total = tl.where(exact == float("-inf"), 0.0, 1.0)
             reference = exact
@@ -213,51 +212,45 @@ def _masked_mass_kernel(
                 # A row that sees nothing in what is always kept counts in halves of the most that it sees elsewhere.
                 largest = of_partial
                 if whole > 0:
-                    peak = sum_codes(
-                        PEAK, masses_ptr + partial, candidates_ptr + partial, whole, codes, squares,
-                        mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, tl.zeros_like(constant), highest,
-                        D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
+                    peak = sum_candidates(
+                        PEAK, True, masses_ptr + partial, candidates_ptr + partial, whole, of_rows, moments,
+                        tl.zeros_like(constant), (), scored,
+                        SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
                     )  # fmt: skip
                     of_codes = peak.to(tl.float32) * 2.0**-16 + tl.log2(tl.full([BLOCK_M], G, tl.float32))
                     largest = tl.maximum(largest, of_codes)
                 largest = tl.where(largest == float("-inf"), 0.0, largest - 1.0)
                 reference = tl.where(exact == float("-inf"), largest, exact)
                 constant = clamped_fixed_point((bias - reference) * 65536.0, 2**29)
-            if whole > 0:
-                total += sum_codes(
-                    FAST, masses_ptr + partial, candidates_ptr + partial, whole, codes, squares,
-                    mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, constant, highest,
-                    D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
-                )  # fmt: skip
         else:
-            there = tl.maximum(q, 0)
             if TOGETHER > 1:
                 h = head + of_head[:, None, None, None]
+            scored = (shift, b, h, tl.maximum(q, 0), score_aux)
             reference = tl.where(exact == float("-inf"), 0.0, exact)
+            constant = reference
             total = tl.exp2(exact - reference)
-            if whole > 0:
-                total += weigh(
-                    FAST, masses_ptr + partial, candidates_ptr + partial, whole, codes, squares,
-                    mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, shift, reference, b, h, there,
-                    score_aux, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N,
+        if whole > 0:
+            total += sum_candidates(
+                FAST, True, masses_ptr + partial, candidates_ptr + partial, whole, of_rows, moments, constant, (), scored,
+                SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
+            )  # fmt: skip
+        if not LEVELS:
+            # Below the bound, which only a row without an exact part reaches, small masses may have become nothing.
+            trusted = (total >= 2.0**-24) & (total < float("inf"))
+            if (whole > 0) & (tl.max((asks & (trusted == 0)).to(tl.int32)) > 0):
+                peak = sum_candidates(
+                    PEAK, True, masses_ptr + partial, candidates_ptr + partial, whole, of_rows, moments,
+                    tl.zeros_like(reference), (), scored,
+                    SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
                 )  # fmt: skip
-                # Below the bound, which only a row without an exact part reaches, small masses may have become nothing.
-                trusted = (total >= 2.0**-24) & (total < float("inf"))
-                if tl.max((asks & (trusted == 0)).to(tl.int32)) > 0:
-                    peak = weigh(
-                        PEAK, masses_ptr + partial, candidates_ptr + partial, whole, codes, squares,
-                        mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, shift, tl.zeros_like(reference),
-                        b, h, there, score_aux, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N,
-                    )  # fmt: skip
-                    peak = tl.maximum(peak, exact)
-                    reference = tl.where(peak == float("-inf"), 0.0, peak)
-                    tl.debug_barrier()
-                    total = tl.exp2(exact - reference)
-                    total += weigh(
-                        CAREFUL, masses_ptr + partial, candidates_ptr + partial, whole, codes, squares,
-                        mu_at, mu_scale_at, var_at, var_scale_at, by_row, by_square, shift, reference, b, h, there,
-                        score_aux, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N,
-                    )  # fmt: skip
+                peak = tl.maximum(peak, exact)
+                reference = tl.where(peak == float("-inf"), 0.0, peak)
+                tl.debug_barrier()
+                total = tl.exp2(exact - reference)
+                total += sum_candidates(
+                    CAREFUL, True, masses_ptr + partial, candidates_ptr + partial, whole, of_rows, moments, reference, (),
+                    scored, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
+                )  # fmt: skip
         tl.debug_barrier()
         for slot in range(cut_block, partial):
             weight = tl.load(masses_ptr + slot) - reference

@@ -22,12 +22,10 @@ from .fixed_point import (
     FRACTION,
     HIGHEST,
     clamped_fixed_point,
-    coded_logits,
-    column_order,
     level,
-    sum_parts,
 )
 from .masked_mass import masked_mass
+from .mass_loop import FAST, sum_candidates
 from .pool import LOG2E, pool_queries
 from .primitives import rotation_stages
 
@@ -101,17 +99,15 @@ def _mass_hits_kernel(
     q_len, batch_heads, first_block, stop_block, padded_rows, sub_rows, query_blocks, words, scratch_stride,
     row_factor, square_factor, bias, highest, sink_tokens, local_tokens, budget,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, P: tl.constexpr, SUBS: tl.constexpr, MOMENTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
     WIDE: tl.constexpr, LIMIT: tl.constexpr, SQUARE_LIMIT: tl.constexpr, CAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Hit words of the query blocks from `first_block` to `stop_block`, tile after tile."""
     ROWS_Q: tl.constexpr = BLOCK_Q // P  # pooled rows a query block
     BLOCKS_Q: tl.constexpr = BLOCK_M // ROWS_Q
+    SUBS: tl.constexpr = BLOCK_K // G
     NB: tl.constexpr = BLOCK_N // SUBS  # key blocks a step
-    PART: tl.constexpr = SUBS if BLOCK_N >= 4 * SUBS else BLOCK_N // 4  # see `fixed_point`
-    PARTS: tl.constexpr = SUBS // PART
-    SETS: tl.constexpr = BLOCK_N // (4 * PART)
 
     # A program's scratch: the level that hits of every row, then the levels of its blocks.
     cut_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * scratch_stride
@@ -119,10 +115,6 @@ def _mass_hits_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     d_mask = (offsets_d < D)[None, :]
     rows = tl.arange(0, BLOCK_M)
-    sub = column_order(BLOCK_N, PART)
-    block_of = (tl.arange(0, SETS)[:, None] * 4 + tl.arange(0, 4)[None, :]) // PARTS
-    key_offsets = sub[:, None] * D + offsets_d[None, :]
-    noted = rows[:, None] * NB + tl.arange(0, NB)[None, :]
 
     row_tiles = tl.cdiv(stop_block - first_block, BLOCKS_Q)
     for tile in range(tl.program_id(0), row_tiles * batch_heads, tl.num_programs(0)):
@@ -156,60 +148,21 @@ def _mass_hits_kernel(
         # From one level below the threshold on, so that what does not reach it is below every cut.
         base = tl.minimum(threshold, 1.0).to(tl.int32, bitcast=True) - (1 << 20)
         by_row = code_scale * row_factor
-        by_square = by_row
-        if MOMENTS:
+        squares, by_square = codes, by_row
+        if G > 1:
             squares = tl.load(squares_ptr + at[:, None] * D + offsets_d[None, :], mask=d_mask, other=0)
             by_square = code_scale * code_scale * square_factor
 
         high_of_row = tl.reshape(high_block[:, None] + tl.zeros([BLOCKS_Q, ROWS_Q], tl.int32), [BLOCK_M])
-        mu_at = mu_ptr + (kv_head * sub_rows + first * SUBS) * D
-        mu_scale_at = mu_scale_ptr + kv_head * (sub_rows // SUBS) + first
-        mu_scale = tl.load(mu_scale_at + block_of)
-        var_scale = mu_scale
-        if MOMENTS:
-            var_at = var_ptr + (kv_head * sub_rows + first * SUBS) * D
-            var_scale_at = var_scale_ptr + kv_head * (sub_rows // SUBS) + first
-            var_scale = tl.load(var_scale_at + block_of)
-        sums = tl.zeros([BLOCK_M, 4], tl.float32)
-        packed = tl.zeros([BLOCK_M, SETS, 4 // PARTS], tl.int32)
-        for step in range(0, steps):
-            # Scales are loaded a step ahead: nothing but the codes is pipelined by the compiler.
-            ahead = tl.minimum(step + 1, steps - 1) * NB + block_of
-            if D == BLOCK_D:
-                mu = tl.load(mu_at + step * (BLOCK_N * D) + key_offsets)
-            else:
-                mu = tl.load(mu_at + step * (BLOCK_N * D) + key_offsets, mask=d_mask, other=0)
-            if MOMENTS:
-                if D == BLOCK_D:
-                    var = tl.load(var_at + step * (BLOCK_N * D) + key_offsets)
-                else:
-                    var = tl.load(var_at + step * (BLOCK_N * D) + key_offsets, mask=d_mask, other=0)
-                square = tl.dot(squares, tl.trans(var), out_dtype=tl.int32)
-            else:
-                square = 0
-            product = tl.dot(codes, tl.trans(mu), out_dtype=tl.int32)
-            logits = coded_logits(
-                product, square, constant, by_row, mu_scale, by_square, var_scale,
-                PART, MOMENTS, WIDE, LIMIT, SQUARE_LIMIT, CAP,
-            )  # fmt: skip
-            mu_scale = tl.load(mu_scale_at + ahead)
-            if MOMENTS:
-                var_scale = tl.load(var_scale_at + ahead)
-            total = sum_parts(logits, highest)  # [BLOCK_M, SETS, 4]
-            if (step < closed_steps) | (step >= open_steps):
-                here = first + step * NB + block_of
-                candidate = (here >= low_block)[None, :, :] & (here[None, :, :] < high_of_row[:, None, None])
-                total = tl.where(candidate, total, 0.0)
-            sums += tl.sum(total, axis=1)
-            if PARTS > 1:
-                total = tl.sum(tl.reshape(total, [BLOCK_M, SETS, 4 // PARTS, PARTS]), axis=3)
-            packed += level(total, base) << (step % 4 * 8)
-            if (step % 4 == 3) | (step == steps - 1):
-                words_at = scratch_ptr + step // 4 * (BLOCK_M * NB)
-                tl.store(words_at + noted, tl.reshape(packed, [BLOCK_M, NB]))
-                packed = tl.zeros_like(packed)
+        at = kv_head * (sub_rows // SUBS) + first
+        moments = mu_ptr + at * SUBS * D, mu_scale_ptr + at, var_ptr + at * SUBS * D, var_scale_ptr + at
+        span = base, closed_steps, open_steps, low_block, high_of_row
+        sums = sum_candidates(
+            FAST, False, scratch_ptr, first, steps, (codes, squares, by_row, by_square), moments, constant, span, highest,
+            None, D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
+        )  # fmt: skip
 
-        whole = 1.0 + tl.sum(sums, axis=1)
+        whole = 1.0 + sums
         cut = level(tl.minimum(threshold, 1.0) * whole, base)
         cut = tl.where(finite, tl.where(threshold < 1.0, cut, 128), 0)
         in_call = query_block < stop_block
@@ -326,7 +279,7 @@ def mass_hits(
             words, scratch.stride(0), scale / width * unit, scale * scale / 2 * unit * square_unit,
             127 - CENTER + math.log2(sub_block), HIGHEST, near.sink_tokens, near.local_tokens, budget,
             HEADS=heads, KV_HEADS=key.shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim),
-            BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k, P=options.pool, SUBS=subs, MOMENTS=sub_block > 1,
+            BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k, G=sub_block, P=options.pool,
             WIDE=bits == 8, LIMIT=2**29 // (dim * top * top), SQUARE_LIMIT=2**29 // (dim * square_top * var_top),
             CAP=round(2 * (sub_block - 1) * LOG2E * 2**FRACTION), CHUNK=512, enable_fp_fusion=False, **launch,
         )  # fmt: skip
