@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .arguments import Grid, KeyMoments, MaskSpec, MassOptions, ModLike, Structure
 from .fixed_point import CENTER, FRACTION, HIGHEST, clamped_fixed_point, level
-from .mass_loop import CAREFUL, FAST, PEAK, sum_candidates
 from .masked_weights import ABSENT, sort_candidates, weigh_exactly
+from .mass_loop import CAREFUL, FAST, PEAK, sum_candidates
 from .pool import LOG2E, pool_rows
 from .primitives import rotation_stages
 from .visibility import at_head, listed_arguments, mod_arguments
@@ -200,8 +200,8 @@ def _masked_mass_kernel(
             squares = tl.load(squares_ptr + at[:, None] * D + offsets_d[None, :], mask=in_head, other=0)
         else:
             squares = codes
-        at = kv_head * (sub_rows // (BLOCK_K // G))
-        moments = mu_ptr + kv_head * sub_rows * D, mu_scale_ptr + at, var_ptr + kv_head * sub_rows * D, var_scale_ptr + at
+        code_at, scale_at = kv_head * sub_rows * D, kv_head * (sub_rows // (BLOCK_K // G))
+        moments = mu_ptr + code_at, mu_scale_ptr + scale_at, var_ptr + code_at, var_scale_ptr + scale_at
         of_rows = codes, squares, code_scale * code_factor, code_scale * code_scale * square_factor
         if LEVELS:
             scored = highest
@@ -231,8 +231,8 @@ def _masked_mass_kernel(
             total = tl.exp2(exact - reference)
         if whole > 0:
             total += sum_candidates(
-                FAST, True, masses_ptr + partial, candidates_ptr + partial, whole, of_rows, moments, constant, (), scored,
-                SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
+                FAST, True, masses_ptr + partial, candidates_ptr + partial, whole, of_rows, moments, constant, (),
+                scored, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
             )  # fmt: skip
         if not LEVELS:
             # Below the bound, which only a row without an exact part reaches, small masses may have become nothing.
@@ -248,8 +248,8 @@ def _masked_mass_kernel(
                 tl.debug_barrier()
                 total = tl.exp2(exact - reference)
                 total += sum_candidates(
-                    CAREFUL, True, masses_ptr + partial, candidates_ptr + partial, whole, of_rows, moments, reference, (),
-                    scored, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
+                    CAREFUL, True, masses_ptr + partial, candidates_ptr + partial, whole, of_rows, moments, reference,
+                    (), scored, SCORE, D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
                 )  # fmt: skip
         tl.debug_barrier()
         for slot in range(cut_block, partial):

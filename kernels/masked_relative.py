@@ -291,7 +291,8 @@ def masked_limits(
     batch, heads, q_len, dim = query.shape
     counts, lists = structure.candidates.counts, structure.candidates.blocks
     padded = triton.cdiv(q_len, CODE_ROWS) * CODE_ROWS
-    limit, shift = (query.new_empty(batch, heads, padded, dtype=torch.float32) for _ in range(2))
+    limit = query.new_empty(batch, heads, padded, dtype=torch.float32)
+    shift = query.new_empty(batch, heads, 0 if score is None else padded, dtype=torch.float32)
     listed, listed_b, listed_h, listed_words = listed_arguments(spec)
     mask_function, mask_aux = mod_arguments(spec.mask)
     score_function, score_aux = mod_arguments(score)

@@ -157,8 +157,9 @@ def _mass_hits_kernel(
         at = kv_head * (sub_rows // SUBS) + first
         moments = mu_ptr + at * SUBS * D, mu_scale_ptr + at, var_ptr + at * SUBS * D, var_scale_ptr + at
         span = base, closed_steps, open_steps, low_block, high_of_row
+        of_rows = codes, squares, by_row, by_square
         sums = sum_candidates(
-            FAST, False, scratch_ptr, first, steps, (codes, squares, by_row, by_square), moments, constant, span, highest,
+            FAST, False, scratch_ptr, first, steps, of_rows, moments, constant, span, highest,
             None, D, BLOCK_D, BLOCK_K, G, BLOCK_N, WIDE, LIMIT, SQUARE_LIMIT, CAP,
         )  # fmt: skip
 

@@ -167,13 +167,14 @@ def row_limits(
     Returns:
         The limit, float32 ``[B, Hq, ceil(Sq / 128) * 128]``, +inf for rows that see nothing: what
         ``max_j codes_i . codes_j * key_scale`` must reach, or with a score_mod a logit. And of the same shape `scale`
-        times row times `mean`, where there is a score_mod.
+        times row times `mean`, ``[B, Hq, 0]`` without a score_mod.
     """
     if structure is not None:
         return masked_limits(query, query_scale, key, mean, spec, structure, score, threshold, scale, grid, near)
     batch, heads, q_len, dim = query.shape
     padded = triton.cdiv(q_len, CODE_ROWS) * CODE_ROWS
-    limit, shift = (query.new_empty(batch, heads, padded, dtype=torch.float32) for _ in range(2))
+    limit = query.new_empty(batch, heads, padded, dtype=torch.float32)
+    shift = query.new_empty(batch, heads, 0, dtype=torch.float32)
     block_d = triton.next_power_of_2(dim)
     # Tiles of at most 16 KiB of queries and 8 KiB of keys fit every supported GPU's shared memory. The loops are short:
     # a pipeline would cost more than it hides.

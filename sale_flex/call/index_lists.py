@@ -58,9 +58,7 @@ def plain_room(query: Tensor, grid: Grid, config: SaleConfig, dense_prefix: int,
         ValueError: The rule's `max_blocks` has no room for what is always kept.
     """
     key_blocks, block_q, block_k = grid.key_blocks, grid.block_q, grid.block_k
-    # Sink, dense prefix, local window and diagonal; a window that is not aligned touches one block more.
-    always = -(-config.sink_tokens // block_k) + -(-(dense_prefix + block_q) // block_k)
-    always += -(-(config.local_tokens + block_q) // block_k) + 3
+    always = _always_kept(grid, config, dense_prefix)
     full = partial = key_blocks
     asked = config.rule.max_blocks
     if asked is not None:
@@ -80,7 +78,7 @@ def masked_room(query: Tensor, grid: Grid, config: SaleConfig, dense_prefix: int
     Which of the blocks that a query block keeps are partial, only the mods know: on long calls on a GPU both lists are
     bounded, each by half of what `plain_room` gives the full one. What is kept in any case is reckoned for rows that
     see neighbouring keys; where rows of one query block see keys far apart, it may take more, and the last blocks that
-    find no room are counted as dropped.
+    find no room are counted as dropped. `max_blocks` leaves hits the room that it leaves them in a plain call.
 
     Args:
         query: ``[B, Hq, Sq, D]``.
@@ -96,11 +94,21 @@ def masked_room(query: Tensor, grid: Grid, config: SaleConfig, dense_prefix: int
     always = sum(-(-(span + block_q) // block_k) + 1 for span in spans)
     width = key_blocks
     if config.rule.max_blocks is not None:
-        width = _asked_width(config.rule.max_blocks, always, key_blocks, dense_prefix)
-    elif query.is_cuda and key_blocks > COMPACT_FROM and _may_be_bounded(config):
+        plain = _always_kept(grid, config, dense_prefix)
+        asked = _asked_width(config.rule.max_blocks, plain, key_blocks, dense_prefix)
+        width = min(key_blocks, asked + always - plain)
+        return Room(width, width, key_blocks if asked >= key_blocks else asked - plain)
+    if query.is_cuda and key_blocks > COMPACT_FROM and _may_be_bounded(config):
         # A multiple of 4, so that the second list starts at 16 bytes.
         width = min(key_blocks, -(-max(_affordable(query, block_q) // 2, 2 * always) // 4) * 4)
     return Room(width, width, key_blocks if width >= key_blocks else width - always)
+
+
+def _always_kept(grid: Grid, config: SaleConfig, dense_prefix: int) -> int:
+    """Most blocks that a query block of a plain causal call keeps whatever its rule says."""
+    # Sink, dense prefix, local window and diagonal; a window that is not aligned touches one block more.
+    spans = (config.sink_tokens, dense_prefix + grid.block_q, config.local_tokens + grid.block_q)
+    return sum(-(-span // grid.block_k) for span in spans) + 3
 
 
 def _asked_width(max_blocks: int, always: int, key_blocks: int, dense_prefix: int) -> int:

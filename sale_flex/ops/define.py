@@ -93,7 +93,7 @@ class Op(Generic[P, R]):
         count = len(returned._fields if self._result else get_args(returned))
         results = "()" if returned is type(None) else f"({', '.join(['Tensor'] * count)})" if count else "Tensor"
         arguments = ", ".join(entry for part in self._parts for entry in part.schema)
-        define(f"{name}({arguments}) -> {results}", self._implemented(declared, _no_mod), self._of(implementation))
+        define(f"{name}({arguments}) -> {results}", self._implemented(declared, _key), self._of(implementation))
         self.overload = getattr(torch.ops.sale_flex, name).default
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -158,8 +158,9 @@ def define(schema: str, fake: Callable[..., Any], implementations: dict[str, Cal
     return getattr(torch.ops.sale_flex, name).default
 
 
-def _no_mod(key: str, tensors: list[Tensor]) -> None:
-    return None
+def _key(key: str, tensors: list[Tensor]) -> str:
+    """A mod in a declaration, which asks no more than whether there is one."""
+    return key
 
 
 def _triton_mod(key: str, tensors: list[Tensor]) -> tuple[Any, Any]:

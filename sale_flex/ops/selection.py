@@ -52,11 +52,12 @@ def row_limits(
 ) -> tuple[Tensor, Tensor]:
     """The relative rule: what scores must reach, float32 ``[B, Hq, ceil(Sq / 128) * 128]``; logits of the mean.
 
-    The latter, float32 of the same shape, are there under a score_mod alone.
+    The latter, float32 of the same shape, are wanted under a score_mod alone: ``[B, Hq, 0]`` without one.
     """
-    rows = (*query.shape[:2], ceil_div(query.shape[2], 128) * 128)
-    limit, shift = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return limit, shift
+    batch, heads, q_len, _ = query.shape
+    rows = ceil_div(q_len, 128) * 128
+    limit = query.new_empty(batch, heads, rows, dtype=torch.float32)
+    return limit, query.new_empty(batch, heads, 0 if score is None else rows, dtype=torch.float32)
 
 
 @op("scan")

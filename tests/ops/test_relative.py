@@ -63,7 +63,7 @@ def check_limits(implementation, shape, seed, config):
         s.x.query, s.query_scale, s.x.key, s.mean, plain_spec(s.bounds), None, None, s.threshold, s.scale, s.grid,
         near_of(config),
     )  # fmt: skip
-    assert shift.shape == got.shape
+    assert shift.shape == (*got.shape[:2], 0)  # no score_mod asks for logits of the mean
     assert got.shape == (*s.query_codes.shape[:3],)
     assert (got[:, :, shape.q_len :] == torch.inf).all()
     got = got[:, :, : shape.q_len].double() * s.query_scale.double() * s.scale

@@ -56,7 +56,7 @@ def row_limits(
     Without a score_mod in units of (code product x key scale), and no logits of the mean are needed.
     """
     shift = mean_logits(query, mean, scale, score)
-    limit = torch.full_like(shift, torch.inf)
+    limit = torch.full((*query.shape[:2], grid.q_len + -grid.q_len % CODE_ROWS), torch.inf, device=query.device)
     unit = scale * pad(query_scale, (0, limit.shape[2] - grid.q_len), value=1.0)
     for b, heads, lines, sums, sees in row_sums(query, key, mean, spec, structure, score, scale, grid, near):
         reach = sums + threshold[heads, None].log()
@@ -67,13 +67,12 @@ def row_limits(
 
 
 def mean_logits(query: Tensor, mean: Tensor, scale: float, score: Score | None) -> Tensor:
-    """Logits of the smoothing mean, float32 ``[B, Hq, ceil(Sq / 128) * 128]``; zeros where no score_mod needs them."""
+    """Logits of the smoothing mean, float32 ``[B, Hq, ceil(Sq / 128) * 128]``; ``[B, Hq, 0]`` without a score_mod."""
     heads, rows = query.shape[1:3]
-    shift = torch.zeros(*query.shape[:2], rows + -rows % CODE_ROWS, device=query.device)
-    if score is not None:
-        of_mean = mean.repeat_interleave(heads // mean.shape[1], 1)[..., None]
-        shift[:, :, :rows] = (query.float() @ of_mean)[..., 0] * scale
-    return shift
+    if score is None:
+        return torch.empty(*query.shape[:2], 0, device=query.device)
+    of_mean = mean.repeat_interleave(heads // mean.shape[1], 1)[..., None]
+    return pad((query.float() @ of_mean)[..., 0] * scale, (0, -rows % CODE_ROWS))
 
 
 def row_sums(
