@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from typing import Any, Generic, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -41,6 +42,7 @@ class _Part:
         self.kind = hint
         self.is_mod = hint == ModLike
         self.fields = [_Part(f"{name}_{field}", kind, optional) for field, kind in fields.items()]
+        self.is_flat = bool(fields) and not any(part.is_mod or part.fields for part in self.fields)
         if self.is_mod:
             self.schema = [f"str {name}_key", f"Tensor[] {name}_tensors"]
         elif fields:
@@ -57,6 +59,8 @@ class _Part:
             flat.append(value)
         elif value is None:
             flat.extend([None] * len(self.schema))
+        elif self.is_flat:
+            flat.extend(value)
         else:
             for part, field in zip(self.fields, value):
                 part.spread(field, flat)
@@ -68,7 +72,10 @@ class _Part:
             return mod(key, tensors) if key else None
         if not self.fields:
             return next(flat)
-        fields = [part.gather(flat, mod) for part in self.fields]
+        if self.is_flat:
+            fields = list(islice(flat, len(self.fields)))
+        else:
+            fields = [part.gather(flat, mod) for part in self.fields]
         return None if all(field is None for field in fields) else self.kind(*fields)
 
 
