@@ -82,14 +82,14 @@ def test_codes_and_scales_are_the_references_bit_for_bit(variant):
     assert torch.equal(ops.key_mean(key, bounds.cuda(), config.smooth_tokens).cpu(), mean)
 
     codes, scale = reference.quantize_rows(inputs.query, config.rule.bits)
-    got_codes, got_scale = ops.quantize_rows(query, config.rule.bits)
+    got_codes, got_scale = ops.quantize_rows(query, config.rule.bits, False)
     assert torch.equal(got_codes[:, :, : shape.q_len].cpu(), codes)
     assert not got_codes[:, :, shape.q_len :].any()
     assert torch.equal(got_scale.cpu(), scale)
 
     group = config.block_size[1]
     codes, scale = reference.quantize_groups(inputs.key, mean, bounds, group, config.rule.bits)
-    got_codes, got_scale = ops.quantize_groups(key, mean.cuda(), bounds.cuda(), group, config.rule.bits)
+    got_codes, got_scale = ops.quantize_groups(key, mean.cuda(), bounds.cuda(), group, config.rule.bits, False)
     assert torch.equal(got_codes[:, :, : shape.kv_len].cpu(), codes)
     assert torch.equal(got_scale[..., : scale.shape[2]].cpu(), scale)
     if config.rule.bits == 4:
