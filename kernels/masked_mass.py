@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .arguments import Grid, KeyMoments, MaskSpec, MassOptions, ModLike, Structure
 from .fixed_point import CENTER, FRACTION, HIGHEST, clamped_fixed_point, level
-from .masked_weights import ABSENT, sort_candidates, weigh_exactly
+from .masked_exact import ABSENT, sort_candidates, weigh_exactly
 from .mass_loop import CAREFUL, FAST, PEAK, sum_candidates
 from .pool import LOG2E, pool_rows
 from .primitives import rotation_stages

@@ -230,7 +230,7 @@ def test_tiles_of_all_calls_are_whole(block_size, dtype):
         assert options["BLOCK_M"] % rows == 0
         assert 16 <= options["BLOCK_E"] <= block_k  # a product takes no fewer keys
         assert 16 <= options["CHUNK_D"] <= channels
-        # A step has whole key blocks, and four threads share its sub-blocks evenly: `PART` and `SETS` of `weigh`.
+        # A step has whole key blocks, and four threads share its sub-blocks evenly: `PART` and `SETS` of the loop.
         assert options["BLOCK_N"] >= max(16, count)
         part = count if options["BLOCK_N"] >= 4 * count else options["BLOCK_N"] // 4
         blocks, sets = options["BLOCK_N"] // count, options["BLOCK_N"] // (4 * part)

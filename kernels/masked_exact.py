@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What blocks weigh in the softmax of pooled rows, score_mod included: jit functions of `masked_mass`.
+"""What blocks weigh exactly in the softmax of pooled rows, score_mod included: jit functions of `masked_mass`.
 
-`weigh_exactly` goes through blocks element by element, and asks who sees whom. `sum_codes`, and with a score_mod
-`weigh`, take blocks that are seen as a whole by the codes of their sub-blocks' moments, gathered through a list: what
-the GPU spends its time on.
+`weigh_exactly` goes through blocks element by element, and asks who sees whom. Blocks that are seen as a whole are left
+to `mass_loop`.
 """
 
 import triton
