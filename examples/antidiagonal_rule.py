@@ -31,7 +31,7 @@ class Antidiagonal(sale_flex.Rule):
     stride: int = 8
     """Rows, and keys, that one sum stands for: a divisor of a block's."""
 
-    name: ClassVar[str] = "antidiagonal"
+    name: ClassVar[str] = "my_antidiagonal"
 
     def check_blocks(self, block_size: tuple[int, int]) -> None:
         """Raise ValueError if a sum would reach over the border of a block."""

@@ -121,9 +121,9 @@ def test_in_calibration_by_scores_and_by_calls_alike():
 
 def test_a_config_with_it_is_stored_and_read():
     stored = json.loads(json.dumps(stored_config(CONFIG, threshold=True)))
-    assert stored["rule"] == {"name": "antidiagonal", "threshold": 0.03, "stride": 8}
+    assert stored["rule"] == {"name": "my_antidiagonal", "threshold": 0.03, "stride": 8}
     assert sale_config(threshold=True, partial=False)(stored, "") == CONFIG
-    assert SaleConfig.from_options("antidiagonal", stride=16).rule == Antidiagonal(stride=16)
+    assert SaleConfig.from_options("my_antidiagonal", stride=16).rule == Antidiagonal(stride=16)
 
 
 def test_rules_are_compared_by_kind_and_value():
