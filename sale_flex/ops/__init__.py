@@ -11,13 +11,16 @@ from sale_flex.ops.codes import (
 )
 from sale_flex.ops.lists import attend_rows, attended, build_lists, kept_table
 from sale_flex.ops.selection import audit_rows, mass_hits, row_limits, scan_max
+from sale_flex.ops.shares import antidiagonal_shares, block_mean_energies
 from sale_flex.ops.structure import block_mask_bits, block_structure, candidate_blocks
 
 __all__ = [
+    "antidiagonal_shares",
     "attend_rows",
     "attended",
     "audit_rows",
     "block_mask_bits",
+    "block_mean_energies",
     "block_structure",
     "build_lists",
     "candidate_blocks",

@@ -8,15 +8,19 @@ causal call is one without masks and score_mod: there is nothing of its own for 
 Shapes: query ``[B, Hq, Sq, D]``, key and value ``[B, Hkv, Skv, D]``, bounds int32 ``[B, 3]`` = (q_offset, start, end).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sale_flex.reference.antidiagonal import antidiagonal_choice, antidiagonal_shares
 from sale_flex.reference.attention import masked_attention
 from sale_flex.reference.audit import audit_rows, audited_positions
-from sale_flex.reference.call import make_call
+from sale_flex.reference.block_mean import block_mean_choice, block_mean_scores
+from sale_flex.reference.call import Call, make_call
 from sale_flex.reference.common import (
+    Choice,
     KeepMap,
     block_any,
     key_mean,
@@ -44,8 +48,10 @@ __all__ = [
     "Moments",
     "PooledRows",
     "RowMasses",
+    "antidiagonal_shares",
     "audit_rows",
     "audited_positions",
+    "block_mean_scores",
     "decide",
     "exact_masses",
     "keep_map",
@@ -67,6 +73,13 @@ __all__ = [
     "row_masses",
     "visible_elements",
 ]
+
+_CHOICES: dict[str, Callable[[Call, Any, int | None], Choice]] = {
+    "antidiagonal": lambda call, config, _: antidiagonal_choice(call, config),
+    "block_mean": lambda call, config, _: block_mean_choice(call, config),
+    "mass": mass_choice,
+    "relative": lambda call, config, _: relative_choice(call, config),
+}
 
 
 def keep_map(
@@ -103,7 +116,7 @@ def keep_map(
         budget: Mass rule: most blocks that a query block may ask for by their masses; None for all.
 
     Raises:
-        ValueError: `min_length` is None, or the rule is not one of these two.
+        ValueError: `min_length` is None, or the rule is none that the reference knows.
     """
     heads, (block_q, block_k) = query.shape[1], config.block_size
     call = make_call(
@@ -112,12 +125,9 @@ def keep_map(
     )  # fmt: skip
     if 2 * query.shape[2] < block_q:  # a step of decoding
         call = call._replace(always=call.visible)
-    if config.rule.name == "mass":
-        choice = mass_choice(call, config, budget)
-    elif config.rule.name == "relative":
-        choice = relative_choice(call, config)
-    else:
-        raise ValueError(f"config.rule must be one that the reference knows, mass or relative, got {config.rule!r}.")
+    if config.rule.name not in _CHOICES:
+        raise ValueError(f"config.rule must be one the reference knows, {', '.join(_CHOICES)}, got {config.rule!r}.")
+    choice = _CHOICES[config.rule.name](call, config, budget)
     always = call.always.expand_as(choice.hit)
     if value is not None:
         bad = ~value.isfinite().all(-1) & valid_keys(call.bounds, key.shape[2])[:, None]  # [B, Hkv, Skv]

@@ -38,6 +38,8 @@ class Call(NamedTuple):
     """bool ``[B, Hs, nq, nk]``: blocks in which every row sees every key."""
     always: Tensor
     """bool ``[B, Hs, nq, nk]``: visible blocks that are near a row, or that an early row sees."""
+    causal: bool
+    """Whether keys after a row's position are hidden from it."""
     score_mod: Mod | None
     scale: float
     dtype: torch.dtype
@@ -89,6 +91,7 @@ def make_call(
         visible=visible,
         full=~block_any(~elements, *config.block_size),
         always=visible & block_any(near | early_elements(elements, config.min_length), *config.block_size),
+        causal=is_causal,
         score_mod=score_mod,
         scale=dim**-0.5 if scale is None else scale,
         dtype=dtype,

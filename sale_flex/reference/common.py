@@ -25,7 +25,7 @@ class KeepMap(NamedTuple):
 
     Relative rule: the largest (score - limit) over its visible elements. Mass rule: how far sums and totals of pooled
     rows have to move for the decision to change, under a score_mod the largest (weight - cut); +inf where no mass is
-    asked."""
+    asked. Rules after other papers: score less threshold."""
     dropped: Tensor
     """bool ``[B, Hq, nq, nk]``: blocks that passed the threshold, and that the budget had no room for."""
 
@@ -116,6 +116,12 @@ def block_max(x: Tensor, block_q: int, block_k: int) -> Tensor:
     """Maximum of every block, NaN counting as the largest."""
     x = torch.nn.functional.pad(x, (0, -x.shape[-1] % block_k, 0, -x.shape[-2] % block_q), value=-torch.inf)
     return x.unflatten(-1, (-1, block_k)).unflatten(-3, (-1, block_q)).amax((-1, -3))
+
+
+def block_sum(x: Tensor, block_q: int, block_k: int) -> Tensor:
+    """Sum of every block."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % block_k, 0, -x.shape[-2] % block_q))
+    return x.unflatten(-1, (-1, block_k)).unflatten(-3, (-1, block_q)).sum((-1, -3))
 
 
 def block_any(x: Tensor, block_q: int, block_k: int) -> Tensor:

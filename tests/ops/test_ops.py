@@ -10,14 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from sale_flex import AuxRequest, Mass, Relative, SaleConfig, create_sale_block_mask, mods, ops, sale_attention
+from sale_flex import (
+    Antidiagonal,
+    AuxRequest,
+    BlockMean,
+    Mass,
+    Relative,
+    SaleConfig,
+    create_sale_block_mask,
+    mods,
+    ops,
+    sale_attention,
+)
 from sale_flex.blocks.mask_spec import Mod, causal_spec
 from sale_flex.kernels.arguments import BlockVisibility, Grid, MassOptions, Near
 from sale_flex.testing import Shape, block_map, structured_inputs
 from sale_flex.testing.programs import PROGRAMS
 
 PLAIN = [
+    "antidiagonal_shares",
     "audit_rows",
+    "block_mean_energies",
     "build_lists",
     "kept_table",
     "key_mean",
@@ -74,6 +87,8 @@ def plain_calls(shape: Shape, transposed: bool) -> Calls:
     hits = call("scan_max", *query_codes, *key_codes, *limits, *of_call, 0.125, grid, 64, no_left_padding)
     moments = call("quantize_moments", key, mean, bounds, block_k, 8, 4)
     call("mass_hits", query, key, mean, moments, *of_call, tau, 0.125, grid, MassOptions(8, 4, False, 4), near, 3)
+    call("antidiagonal_shares", query, key, bounds, None, True, 0.125, grid, 16)
+    call("block_mean_energies", query, key, bounds, None, True, 0.125, grid)
     nonfinite = call("nonfinite_blocks", value, bounds, block_k)
     call("audit_rows", query, key, hits, nonfinite, *of_call, 0.125, 0.05, grid, near)
     kept, *_ = call("build_lists", hits, nonfinite, bounds, None, None, shape.kv_heads, grid, near, 4, 9, True, False)
@@ -97,7 +112,7 @@ def masked_calls(shape: Shape, program: str, monkeypatch: pytest.MonkeyPatch) ->
             patch.setattr(ops, name, record(name, getattr(ops, name)))
         inputs, options = structured_inputs(shape, 0), PROGRAMS[program](shape, "cpu")
         config = SaleConfig(Mass.fast(), min_length=0, local_tokens=16, sink_tokens=4, smooth_tokens=50)
-        for rule in (Mass.fast(), Relative()):
+        for rule in (Mass.fast(), Relative(), Antidiagonal(), BlockMean()):
             create_sale_block_mask(
                 *inputs[:2],
                 replace(config, rule=rule),

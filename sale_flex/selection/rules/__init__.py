@@ -1,8 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Selection rules, a file each: options, range checks, codes, selection, and scores for calibration."""
 
+from sale_flex.selection.rules.antidiagonal import Antidiagonal
 from sale_flex.selection.rules.base import Rule, Selection, register_rule, rule_named, rule_names
+from sale_flex.selection.rules.block_mean import BlockMean
 from sale_flex.selection.rules.mass import Mass
 from sale_flex.selection.rules.relative import Relative
 
-__all__ = ["Mass", "Relative", "Rule", "Selection", "register_rule", "rule_named", "rule_names"]
+__all__ = [
+    "Antidiagonal",
+    "BlockMean",
+    "Mass",
+    "Relative",
+    "Rule",
+    "Selection",
+    "register_rule",
+    "rule_named",
+    "rule_names",
+]
