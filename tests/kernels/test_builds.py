@@ -47,9 +47,9 @@ VARIANTS = (
 
 
 def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
-    """Make masks for 32K tokens and 32 heads that share 8 heads of keys, by both rules, and pack codes."""
-    from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask, ops
-    from sale_flex.kernels import audit
+    """Make masks for 32K tokens and 32 heads that share 8 heads of keys, by every rule, and pack codes."""
+    from sale_flex import Antidiagonal, BlockMean, Mass, Relative, SaleConfig, create_sale_block_mask, ops
+    from sale_flex.kernels import antidiagonal, audit, block_mean
     from sale_flex.kernels.arguments import Grid, MaskSpec, Near
 
     query, key = (torch.empty(1, heads, 32768, dim, dtype=getattr(torch, dtype), device="meta") for heads in (32, 8))
@@ -57,13 +57,15 @@ def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
     relative = SaleConfig(Relative(bits=8), **sizes)
     create_sale_block_mask(query, key, relative, value=key)
     create_sale_block_mask(query, key, relative, kv_range=torch.empty(1, 2, dtype=torch.int32, device="meta"))
-    for rule in (Mass(), Mass(bits=4), Mass.fast()):
+    for rule in (Mass(), Mass(bits=4), Mass.fast(), Antidiagonal(), BlockMean()):
         create_sale_block_mask(query, key, SaleConfig(rule, **sizes))
     ops.quantize_rows(query, 4, True)
     bits = torch.empty(1, 32, 32768 // block_q, 32768 // block_k // 32, dtype=torch.int32, device="meta")
     bounds = torch.empty(1, 3, dtype=torch.int32, device="meta")
     spec = MaskSpec(bounds, True, None, None, 1, 1)
     grid, near = Grid(32768, 32768, block_q, block_k), Near(32, 128, 1024)
+    antidiagonal.antidiagonal_shares(query, key, bounds, bits[:, :1], False, 0.1, grid, 8)
+    block_mean.block_mean_energies(query, key, bounds, bits[:, :1], False, 0.1, grid)
     audit.audit_rows(query, key, bits, bits[:, :8, 0], spec, None, None, 0.1, 0.05, grid, near)
 
 
