@@ -81,14 +81,15 @@ def _logits(
     exist = (blocks < key_blocks)[None, :]
     if CHUNK_D >= D:
         mean = tl.load(mean_ptr, mask=(offsets_d < D)[:, None] & exist, other=0.0)
-        return tl.dot(query, mean, input_precision="ieee") * scale
-    result = tl.zeros([query.shape[0], blocks.shape[0]], tl.float32)
-    for first in range(0, D, CHUNK_D):
-        in_row = first + offsets_d < D
-        part_at = query_ptr + (first + offsets_d)[None, :] * stride_d
-        part = tl.load(part_at, mask=there & in_row[None, :], other=0.0)
-        mean = tl.load(mean_ptr + first, mask=in_row[:, None] & exist, other=0.0)
-        result = tl.dot(part, mean, result, input_precision="ieee")
+        result = tl.dot(query, mean, input_precision="ieee")
+    else:
+        result = tl.zeros([query.shape[0], blocks.shape[0]], tl.float32)
+        for first in range(0, D, CHUNK_D):
+            in_row = first + offsets_d < D
+            part_at = query_ptr + (first + offsets_d)[None, :] * stride_d
+            part = tl.load(part_at, mask=there & in_row[None, :], other=0.0)
+            mean = tl.load(mean_ptr + first, mask=in_row[:, None] & exist, other=0.0)
+            result = tl.dot(part, mean, result, input_precision="ieee")
     return result * scale
 
 

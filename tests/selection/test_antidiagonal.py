@@ -94,16 +94,6 @@ def test_blocks_are_the_fewest_that_add_up(shape, threshold):
     assert 0.05 < float(expected.hit.sum() / candidates.sum()) < 0.95
 
 
-def test_a_threshold_of_0_keeps_all_and_a_higher_one_no_more():
-    query, key, _ = structured_inputs(PADDED, 3)
-    before = reference.keep_map(query, key, CONFIG, **PADDED.positions()).visible
-    for threshold in (0.0, 1e-4, 0.01, 0.1, 0.5, 1.0):
-        mask = create_sale_block_mask(query, key, CONFIG.with_threshold(threshold), **PADDED.positions())
-        kept = block_map(mask).kept
-        assert bool((kept <= before).all()) if threshold else torch.equal(kept, before.expand_as(kept))
-        before = kept
-
-
 @pytest.mark.parametrize("stride", [8, 16])
 def test_one_key_and_one_diagonal_are_found(stride):
     # The vertical of a single key, and the slash of keys that are like the row 255 behind them.
@@ -117,67 +107,6 @@ def test_one_key_and_one_diagonal_are_found(stride):
     inputs.query[1, 0], inputs.key[1, 0] = 30 * spikes, 30 * spikes.roll(-255, 0)
     scores, _ = scored(inputs, SHAPE, config)
     assert scores[1, 0, 5:9].argmax(-1).tolist() == [1, 2, 3, 4]
-
-
-def choice(query: Tensor, key: Tensor, config: SaleConfig = CONFIG, **options: Any) -> Tensor:
-    return block_map(create_sale_block_mask(query, key, config, **options)).kept
-
-
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_chunks_of_whole_query_blocks_choose_as_the_whole(block_size):
-    config = replace(CONFIG, block_size=block_size)
-    query, key, _ = structured_inputs(SHAPE, 5)
-    whole = choice(query, key, config)
-    for end in (256, 384):
-        rows, columns = end // block_size[0], end // block_size[1]
-        spoilt = key.clone()
-        spoilt[:, :, end:] = torch.nan
-        assert torch.equal(choice(query, spoilt, config)[:, :, :rows], whole[:, :, :rows])
-        chunk = choice(query[:, :, end - 128 : end], key[:, :, :end], config)
-        assert torch.equal(chunk, whole[:, :, rows - 128 // block_size[0] : rows, :columns])
-
-
-def test_padding_on_the_right_does_not_matter():
-    query, key, _ = structured_inputs(SHAPE, 6)
-    alone = choice(query[:, :, :490], key[:, :, :490])
-    query[:, :, 490:] = torch.inf
-    key[:, :, 490:] = torch.nan
-    padded = choice(query, key, kv_range=torch.tensor([[0, 490], [0, 490]]))
-    assert torch.equal(padded[:, :, :8, :8], alone)
-    assert not bool(padded[:, :, 8:].any() | padded[..., 8:].any())
-
-
-@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_that_is_not_finite_keeps_what_it_sees_alone(garbage):
-    query, key, _ = structured_inputs(SHAPE, 7)
-    before = choice(query, key)
-    query[1, 2, 400, 3] = garbage
-    after = choice(query, key)
-    assert bool(after[1, 2, 6, :7].all())
-    before[1, 2, 6] = after[1, 2, 6]
-    assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
-def test_a_key_that_is_not_finite_keeps_its_block_and_moves_no_other_head(garbage):
-    inputs = structured_inputs(SHAPE, 8)
-    before, _ = scored(inputs, SHAPE, CONFIG)
-    inputs.key[1, 0, 150, 3] = garbage
-    after, _ = scored(inputs, SHAPE, CONFIG)
-    assert not bool(after.isnan().any())
-    assert bool((after[1, :2, 2:, 2] == torch.inf).all())
-    assert not bool(after[1, :2, 3:, [0, 1, 3, 4]].isinf().any())
-    assert torch.equal(after[0], before[0])
-    assert torch.equal(after[1, 2:], before[1, 2:])
-
-
-def test_a_score_mod_is_left_out_and_said_so():
-    query, key, _ = structured_inputs(SHAPE, 9)
-    plain = create_sale_block_mask(query, key, CONFIG, stats=True)
-    scored_by = create_sale_block_mask(query, key, CONFIG, stats=True, **PROGRAMS["soft cap"](SHAPE, "cpu"))
-    assert torch.equal(block_map(plain.block_mask).kept, block_map(scored_by.block_mask).kept)
-    assert "score_mod" not in plain.stats.reason
-    assert "antidiagonal sums leave the score_mod out" in scored_by.stats.reason
 
 
 @pytest.mark.parametrize("causal", [True, False])

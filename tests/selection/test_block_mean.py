@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shares_harness import mean_error_bound, scored, share_error_bound
-from torch import Tensor
 
 from sale_flex import BlockMean, SaleConfig, create_sale_block_mask, reference
 from sale_flex.config import BLOCK_SIZES
@@ -66,16 +65,6 @@ def test_blocks_are_those_that_reach_the_threshold(shape, threshold):
     assert 0.05 < float(expected.hit.sum() / candidates.expand_as(kept).sum()) < 0.95
 
 
-def test_a_threshold_of_0_keeps_all_and_a_higher_one_no_more():
-    query, key, _ = structured_inputs(PADDED, 3)
-    before = reference.keep_map(query, key, CONFIG, **PADDED.positions()).visible
-    for threshold in (0.0, 1e-4, 0.01, 0.1, 0.5, 1.0):
-        mask = create_sale_block_mask(query, key, CONFIG.with_threshold(threshold), **PADDED.positions())
-        kept = block_map(mask).kept
-        assert bool((kept <= before).all()) if threshold else torch.equal(kept, before.expand_as(kept))
-        before = kept
-
-
 def test_the_block_of_a_passage_is_found():
     inputs = structured_inputs(SHAPE, 4)
     inputs.key[1, 0, 130:190] = 2 * inputs.query[1, 1, 590]
@@ -83,68 +72,6 @@ def test_the_block_of_a_passage_is_found():
     scores, _ = scored(inputs, SHAPE, CONFIG)
     assert int(scores[1, 1, -1].argmax()) == 2
     assert float(scores[1, 1, -1].max()) == 1.0
-
-
-def choice(query: Tensor, key: Tensor, config: SaleConfig = CONFIG, **options: Any) -> Tensor:
-    return block_map(create_sale_block_mask(query, key, config, **options)).kept
-
-
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_no_later_key_matters(block_size):
-    config = replace(CONFIG, block_size=block_size)
-    query, key, _ = structured_inputs(SHAPE, 5)
-    whole = choice(query, key, config)
-    for end in (256, 384):
-        spoilt = key.clone()
-        spoilt[:, :, end:] = torch.nan
-        rows, columns = end // block_size[0], end // block_size[1]
-        assert torch.equal(choice(query, spoilt, config)[:, :, :rows], whole[:, :, :rows])
-        chunk = choice(query[:, :, end - 128 : end], key[:, :, :end], config)
-        assert torch.equal(chunk, whole[:, :, rows - 128 // block_size[0] : rows, :columns])
-
-
-def test_padding_on_the_right_does_not_matter():
-    query, key, _ = structured_inputs(SHAPE, 6)
-    alone = choice(query[:, :, :490], key[:, :, :490])
-    query[:, :, 490:] = torch.inf
-    key[:, :, 490:] = torch.nan
-    padded = choice(query, key, kv_range=torch.tensor([[0, 490], [0, 490]]))
-    assert torch.equal(padded[:, :, :8, :8], alone)
-    assert not bool(padded[:, :, 8:].any() | padded[..., 8:].any())
-
-
-@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_that_is_not_finite_keeps_what_it_sees_alone(garbage):
-    query, key, _ = structured_inputs(SHAPE, 7)
-    before = choice(query, key)
-    query[1, 2, 400, 3] = garbage
-    after = choice(query, key)
-    assert bool(after[1, 2, 6, :7].all())
-    before[1, 2, 6] = after[1, 2, 6]
-    assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
-def test_a_key_that_is_not_finite_keeps_its_block_and_moves_no_other_head(garbage):
-    inputs = structured_inputs(SHAPE, 8)
-    before, _ = scored(inputs, SHAPE, CONFIG)
-    inputs.key[1, 0, 150, 3] = garbage
-    after, _ = scored(inputs, SHAPE, CONFIG)
-    assert not bool(after.isnan().any())
-    # Row 191 is the first to see all of the block.
-    assert bool((after[1, :2, 3:, 2] == torch.inf).all())
-    assert not bool(after[1, :2, 3:, [0, 1, 3, 4]].isinf().any())
-    assert torch.equal(after[0], before[0])
-    assert torch.equal(after[1, 2:], before[1, 2:])
-
-
-def test_a_score_mod_is_left_out_and_said_so():
-    query, key, _ = structured_inputs(SHAPE, 9)
-    plain = create_sale_block_mask(query, key, CONFIG, stats=True)
-    scored_by = create_sale_block_mask(query, key, CONFIG, stats=True, **PROGRAMS["soft cap"](SHAPE, "cpu"))
-    assert torch.equal(block_map(plain.block_mask).kept, block_map(scored_by.block_mask).kept)
-    assert "score_mod" not in plain.stats.reason
-    assert "block means leave the score_mod out" in scored_by.stats.reason
 
 
 def test_means_are_of_valid_keys_and_rounded_to_the_keys_dtype():
