@@ -56,6 +56,14 @@ def valid_blocks(bounds: Tensor, blocks: int, block_k: int) -> Tensor:
     return (first >= bounds[:, 1:2]) & (first + block_k <= bounds[:, 2:])
 
 
+def nonfinite_blocks(query: Tensor, key: Tensor, bounds: Tensor, block_size: tuple[int, int]) -> Tensor:
+    """Blocks with a row or a key, no padding, that is not finite: bool ``[B, Hq, nq, nk]``."""
+    rows = real_rows(bounds, query.shape[2])[:, None] & ~query.isfinite().all(-1)
+    keys = valid_keys(bounds, key.shape[2])[:, None] & ~key.isfinite().all(-1)
+    keys = repeat_heads(keys, query.shape[1])
+    return block_any(rows[..., None] | keys[:, :, None], *block_size)
+
+
 def key_mean(key: Tensor, bounds: Tensor, smooth_tokens: int) -> Tensor:
     """Mean of the first `smooth_tokens` valid keys, float32 ``[B, Hkv, D]``; non-finite elements count as 0."""
     means = []
