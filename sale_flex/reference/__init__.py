@@ -31,7 +31,7 @@ from sale_flex.reference.common import (
     valid_keys,
 )
 from sale_flex.reference.decision import RowMasses, decide
-from sale_flex.reference.exact import exact_choice, exact_shares
+from sale_flex.reference.exact import exact_choice
 from sale_flex.reference.mass import exact_masses, mass_choice, row_masses
 from sale_flex.reference.moments import Moments, key_moments, quantize_moments
 from sale_flex.reference.pooled import (
@@ -55,7 +55,6 @@ __all__ = [
     "audited_positions",
     "decide",
     "exact_masses",
-    "exact_shares",
     "keep_map",
     "key_mean",
     "key_moments",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Vertical and slash lines (MInference, arXiv 2407.02490, section 3, "Vertical-Slash", and algorithm 2)."""
+"""Vertical and slash lines (MInference, arXiv 2407.02490, section 3, "Vertical-Slash")."""
 
 from typing import Any
 

@@ -4,10 +4,10 @@
 The share of a row's softmax that falls on a block, from every key as it is and after the score_mod, element by element
 of the mask. It costs what attention costs, in float32 and without a fused kernel: a yardstick, not a method.
 
-Which rows are scored, and what they see, is as in the mass rule (docs/semantics.md, "The mass rule"): the last real row
-of every `pool`, or their mean, rounded to the query's dtype; either sees what one of its rows sees, and stands at the
-last of them where a score_mod asks for `q_idx`. Unlike there, nothing is coded, no level rounds a comparison, and always
-kept blocks are weighed like all others.
+Which rows are scored, and what they see, is as in the mass rule (docs/semantics.md, "The mass rule"): the last real
+row of every `pool`, or their mean, rounded to the query's dtype; either sees what one of its rows sees, and stands at
+the last of them where a score_mod asks for `q_idx`. Unlike there, nothing is coded, no level rounds a comparison, and
+always kept blocks are weighed like all others.
 """
 
 from dataclasses import dataclass

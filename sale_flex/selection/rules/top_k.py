@@ -6,11 +6,11 @@ many in every query block.
 
 Departures:
 
-* The paper keeps 100 blocks of 64 by 64 whatever the length; here a share of the visible blocks is left out, so that one
-  threshold suits every length. `blocks` is the paper's number.
+* The paper keeps 100 blocks of 64 by 64 whatever the length; here a share of the visible blocks is left out, so that
+  one threshold suits every length. `blocks` is the paper's number.
 * Blocks that are always kept are ranked with the others, as in the paper, and kept besides.
-* Means leave out padding, and keys that are not finite. A mask decides which blocks are ranked; a block's mean is of all
-  its valid keys, seen or not, as the paper's is on the diagonal. A score_mod does not reach means, and is left out.
+* Means leave out padding, and keys that are not finite. A mask decides which blocks are ranked; a block's mean is of
+  all its valid keys, seen or not, as the paper's is on the diagonal. A score_mod does not reach means, and is left out.
 * Blocks with a row or a key that is not finite are kept besides.
 """
 

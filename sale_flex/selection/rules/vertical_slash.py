@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Vertical and slash lines: MInference's main pattern (arXiv 2407.02490, section 3, "Vertical-Slash", and algorithm 2).
+"""Vertical and slash lines: MInference's main pattern (arXiv 2407.02490, section 3, "Vertical-Slash").
 
 The last 64 queries attend to all keys. Sums of their probabilities down the columns say which keys matter to everybody
 (vertical lines), sums along the diagonals which distances do (slash lines). The largest of each are kept.
 
 Departures:
 
-* The paper's kernel takes single columns between blocks of diagonals; here every block that a kept line crosses is kept,
-  columns too. Between a real row and a valid key, that is: padding is crossed by no line.
-* The paper always counts the first 30 columns and the last 100 diagonals among the kept lines; here sink and local
-  window are kept besides (`SaleConfig.sink_tokens`, `local_tokens`), and lines compete by their sums alone.
+* The paper's kernel takes single columns between blocks of diagonals; here every block that a kept line crosses is
+  kept, columns too. Between a real row and a valid key, that is: padding is crossed by no line.
+* The authors' code always counts the first 30 columns and the last 100 diagonals among the kept lines; here sink and
+  local window are kept besides (`SaleConfig.sink_tokens`, `local_tokens`), and lines compete by their sums alone.
 * The threshold scales both budgets; the paper searches budgets per head.
-* A line that none of the last queries sees is no line: nothing is known of it. So under a mask blocks that these queries
-  have no part in (another document's) are kept only where a line leads there.
-* The paper's queries are causal and one sequence; here they are every batch row's last real ones, under the call's masks
-  and after its score_mod. Those that are not finite, and logits that are not, are left out; blocks with a row or a key
-  that is not finite are kept besides.
+* A line that none of the last queries sees is no line: nothing is known of it. So under a mask, blocks that these
+  queries have no part in (another document's) are kept only where a line leads there.
+* The paper's queries are causal and one sequence; here they are every batch row's last real ones, under the call's
+  masks and after its score_mod. Those that are not finite, and logits that are not, are left out; blocks with a row or
+  a key that is not finite are kept besides.
 """
 
 from dataclasses import dataclass
