@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rules_harness import SMALL, check_choice, kept, ruled, scores
+from rules_harness import SMALL, check_choice, kept, ruled, scores, spoiled_inputs
 
 from sale_flex import AShape, AuxRequest, SaleConfig, sale_attention
 from sale_flex.testing import Shape, any_in_block, assert_attention_close, causal_mask, expand_blocks, structured_inputs
@@ -22,10 +22,7 @@ SHAPE = Shape(500, 500, batch=2, heads=4, kv_heads=2, head_dim=32, kv_range=((0,
 @given(ruled(st.builds(AShape, thresholds()), min_tokens=1), seeds(), st.sampled_from([None, torch.nan]))
 def test_sink_and_window_are_all_that_is_kept(call, seed, special):
     shape, config = call
-    inputs = structured_inputs(shape, seed)
-    if special is not None:
-        inputs.query.view(-1)[seed % inputs.query.numel()] = special
-        inputs.key.view(-1)[seed % inputs.key.numel()] = special
+    inputs = spoiled_inputs(shape, seed, special)
     expected, differ = check_choice(shape, inputs, config, 0.0)
     assert differ == 0
     dense = torch.as_tensor(config.rule.threshold).expand(shape.heads) == 0

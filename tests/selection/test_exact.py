@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
-from rules_harness import SMALL, check_choice, kept, logit_error, ruled, scores
+from rules_harness import SMALL, check_choice, kept, logit_error, ruled, scores, spoiled_inputs
 
 from sale_flex import Exact, create_sale_block_mask, reference
 from sale_flex.ops.fallback import tiles
@@ -30,10 +30,7 @@ def share_error(shape, inputs, config, **mods):
 @given(ruled(RULES), seeds(), st.sampled_from([None, None, torch.nan, torch.inf]))
 def test_the_references_blocks_are_kept(call, seed, special):
     shape, config = call
-    inputs = structured_inputs(shape, seed)
-    if special is not None:
-        inputs.query.view(-1)[seed % inputs.query.numel()] = special
-        inputs.key.view(-1)[seed % inputs.key.numel()] = special
+    inputs = spoiled_inputs(shape, seed, special)
     expected, differ = check_choice(shape, inputs, config, share_error(shape, inputs, config))
     event(f"decided otherwise: {differ}, asked for: {bool((expected.hit & ~expected.always).any())}")
 

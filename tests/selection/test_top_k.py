@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
-from rules_harness import SMALL, check_choice, kept, ruled, scores
+from rules_harness import SMALL, check_choice, kept, ruled, scores, spoiled_inputs
 
 from sale_flex import TopK, create_sale_block_mask
 from sale_flex.testing import Shape, gamma, structured_inputs
@@ -34,10 +34,7 @@ def mean_error(inputs, config):
 @given(ruled(RULES), seeds(), st.sampled_from([None, None, torch.nan, torch.inf]))
 def test_the_references_blocks_are_kept(call, seed, special):
     shape, config = call
-    inputs = structured_inputs(shape, seed)
-    if special is not None:
-        inputs.query.view(-1)[seed % inputs.query.numel()] = special
-        inputs.key.view(-1)[seed % inputs.key.numel()] = special
+    inputs = spoiled_inputs(shape, seed, special)
     expected, differ = check_choice(shape, inputs, config, mean_error(inputs, config))
     event(f"decided otherwise: {differ}, asked for: {bool((expected.hit & ~expected.always).any())}")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
-from rules_harness import SMALL, check_choice, kept, logit_error, ruled, scores, settled
+from rules_harness import SMALL, check_choice, kept, logit_error, ruled, scores, settled, spoiled_inputs
 
 from sale_flex import VerticalSlash
 from sale_flex.config import BLOCK_SIZES
@@ -31,10 +31,7 @@ def line_error(shape, inputs, config, **mods):
 @given(ruled(RULES), seeds(), st.sampled_from([None, None, torch.nan, torch.inf]))
 def test_the_references_blocks_are_kept(call, seed, special):
     shape, config = call
-    inputs = structured_inputs(shape, seed)
-    if special is not None:
-        inputs.query.view(-1)[seed % inputs.query.numel()] = special
-        inputs.key.view(-1)[seed % inputs.key.numel()] = special
+    inputs = spoiled_inputs(shape, seed, special)
     expected, differ = check_choice(shape, inputs, config, line_error(shape, inputs, config))
     event(f"decided otherwise: {differ}, asked for: {bool((expected.hit & ~expected.always).any())}")
 

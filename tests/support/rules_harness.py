@@ -13,7 +13,7 @@ from sale_flex.call.facts import check_arguments, settle
 from sale_flex.call.stages import lay_out
 from sale_flex.call.user_mods import UserMods
 from sale_flex.reference.call import exact_logits
-from sale_flex.testing import Inputs, Shape, assert_same_blocks, block_map, gamma, logit_error_bound
+from sale_flex.testing import Inputs, Shape, assert_same_blocks, block_map, gamma, logit_error_bound, structured_inputs
 from sale_flex.testing.strategies import configs, shapes
 
 SMALL = SaleConfig(min_length=0, sink_tokens=4, local_tokens=8, smooth_tokens=0)
@@ -61,6 +61,15 @@ def scores(inputs: Inputs, config: SaleConfig, where: dict[str, Any] | None = No
 def kept(inputs: Inputs, config: SaleConfig, **options: Any) -> Tensor:
     """The blocks of a call's mask, bool ``[B, Hq, nq, nk]``."""
     return block_map(create_sale_block_mask(inputs.query, inputs.key, config, **options)).kept
+
+
+def spoiled_inputs(shape: Shape, seed: int, special: float | None) -> Inputs:
+    """Structured inputs, one number of the queries and one of the keys replaced, if one is given."""
+    inputs = structured_inputs(shape, seed)
+    if special is not None:
+        inputs.query.view(-1)[seed % inputs.query.numel()] = special
+        inputs.key.view(-1)[seed % inputs.key.numel()] = special
+    return inputs
 
 
 def check_choice(
