@@ -95,6 +95,17 @@ def test_a_slash_straddles_two_blocks_of_keys():
     assert torch.equal(found[0, 0], expected)
 
 
+def test_padding_is_crossed_by_no_line():
+    # Real rows are 100 to 319 and end inside blocks, where a line goes on through rows and keys that are none.
+    shape = Shape(500, 500, head_dim=128, kv_range=((100, 320),))
+    for distance in (30, 70, 100, 150):
+        rule = VerticalSlash(0.5, vertical=0, slash=1, last=40)
+        config = replace(SMALL, rule=rule, block_size=(128, 64))
+        found = scores(inputs_that_look_back(shape, distance), config, shape.positions()) >= 0.5
+        line = torch.arange(500)[:, None] - torch.arange(500) == distance
+        assert torch.equal(found, any_in_block(causal_mask(shape) & line, (128, 64)))
+
+
 @pytest.mark.parametrize(
     ("threshold", "count"), [(0.9, 0), (0.7, 0), (2 / 3, 1), (0.5, 2), (0.4, 3), (1 / 3, 4), (0.26, 5)]
 )
