@@ -13,7 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sale_flex import AShape, Exact, SaleConfig, TopK, VerticalSlash, create_sale_block_mask, reference
 from sale_flex._console.stored import sale_config, stored_config
-from sale_flex.testing import Inputs, Shape, any_in_block, assert_same_blocks, causal_mask, gamma, structured_inputs
+from sale_flex.testing import (
+    Inputs,
+    Shape,
+    any_in_block,
+    assert_same_blocks,
+    causal_mask,
+    gamma,
+    logit_error_bound,
+    structured_inputs,
+)
 from sale_flex.testing.programs import PROGRAMS
 from sale_flex.testing.strategies import seeds
 
@@ -137,8 +146,13 @@ def test_what_padding_holds_changes_nothing(rule, special):
 
 
 def rounding(shape, inputs, config):
-    """More than either of two calls can be from the reference in any of the rules: `line_error` has most terms."""
-    return 4 * logit_error(shape, inputs, config) + 2 * gamma(2 * shape.kv_len)
+    """How far from the reference any of the rules may be, in nats: four logits and two sums, or two logits of means.
+
+    The mean of all products of a block's magnitudes is below the largest of them.
+    """
+    largest = float(logit_error_bound(*inputs[:2]).max()) / gamma(shape.head_dim + 2)
+    of_means = 2 * largest * gamma(sum(config.block_size) + shape.head_dim + 4)
+    return max(4 * logit_error(shape, inputs, config) + 4 * gamma(2 * shape.kv_len), of_means)
 
 
 @every_rule

@@ -36,7 +36,8 @@ class Exact(Rule):
     """Keep a block that takes `threshold` or more of some scored row's exact softmax. As dear as dense attention.
 
     Blocks with a row or a key that is not finite are kept, as are those with a logit of +inf or NaN; other blocks are
-    weighed without such logits.
+    weighed without such logits. A scored row decides by what it sees: chunks that begin and end between pools of rows
+    score the same rows. Under torch.compile strips are unrolled into the graph, and another length is another graph.
     """
 
     threshold: float | Tensor = 0.01
