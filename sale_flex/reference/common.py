@@ -25,7 +25,7 @@ class KeepMap(NamedTuple):
 
     Relative rule: the largest (score - limit) over its visible elements. Mass rule: how far sums and totals of pooled
     rows have to move for the decision to change, under a score_mod the largest (weight - cut); +inf where no mass is
-    asked."""
+    asked. Rules that rank: how far a block, or a line that crosses it, is from the nearest one on the other side."""
     dropped: Tensor
     """bool ``[B, Hq, nq, nk]``: blocks that passed the threshold, and that the budget had no room for."""
 

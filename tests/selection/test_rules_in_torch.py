@@ -225,6 +225,15 @@ def test_a_compiled_caller_has_one_graph(name):
         assert torch.equal(found, expected)
 
 
+def test_the_reference_says_which_rules_it_knows():
+    class Unknown(AShape):
+        name = "unknown"
+
+    inputs = structured_inputs(SHAPE, 0)
+    with pytest.raises(ValueError, match=r"that the reference knows, a_shape, .*exact.*top_k.*vertical_slash, got"):
+        reference.keep_map(inputs.query, inputs.key, replace(SMALL, rule=Unknown()))
+
+
 @every_rule
 def test_configs_are_stored_and_named(rule):
     config = SaleConfig(rule)
