@@ -11,17 +11,29 @@ from sale_flex.config import SaleConfig
 from sale_flex.flex.run import flex_kernel_options
 from sale_flex.kernels.arguments import Structure
 from sale_flex.selection.key_codes import KeyCodes
-from sale_flex.selection.rules import Mass, Relative, Rule, Selection, register_rule
+from sale_flex.selection.rules import (
+    AShape,
+    Exact,
+    Mass,
+    Relative,
+    Rule,
+    Selection,
+    TopK,
+    VerticalSlash,
+    register_rule,
+)
 from sale_flex.stats import Audit, Path, SaleStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AShape",
     "Audit",
     "AuxOutput",
     "AuxRequest",
     "Calibration",
     "Call",
+    "Exact",
     "KeyCodes",
     "MaskResult",
     "Mass",
@@ -32,6 +44,8 @@ __all__ = [
     "SaleStats",
     "Selection",
     "Structure",
+    "TopK",
+    "VerticalSlash",
     "__version__",
     "calibrate",
     "create_sale_block_mask",

@@ -8,15 +8,19 @@ causal call is one without masks and score_mod: there is nothing of its own for 
 Shapes: query ``[B, Hq, Sq, D]``, key and value ``[B, Hkv, Skv, D]``, bounds int32 ``[B, 3]`` = (q_offset, start, end).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sale_flex.reference.a_shape import a_shape_choice
 from sale_flex.reference.attention import masked_attention
 from sale_flex.reference.audit import audit_rows, audited_positions
-from sale_flex.reference.call import make_call
+from sale_flex.reference.call import Call, make_call
 from sale_flex.reference.common import (
+    Choice,
     KeepMap,
     block_any,
     key_mean,
@@ -27,6 +31,7 @@ from sale_flex.reference.common import (
     valid_keys,
 )
 from sale_flex.reference.decision import RowMasses, decide
+from sale_flex.reference.exact import exact_choice
 from sale_flex.reference.mass import exact_masses, mass_choice, row_masses
 from sale_flex.reference.moments import Moments, key_moments, quantize_moments
 from sale_flex.reference.pooled import (
@@ -37,6 +42,8 @@ from sale_flex.reference.pooled import (
     product_shift,
 )
 from sale_flex.reference.relative import quantize_groups, relative_choice, row_limits
+from sale_flex.reference.top_k import top_k_choice
+from sale_flex.reference.vertical_slash import vertical_slash_choice
 from sale_flex.reference.visibility import Mod, make_bounds, visible_elements
 
 __all__ = [
@@ -67,6 +74,15 @@ __all__ = [
     "row_masses",
     "visible_elements",
 ]
+
+_CHOICES: dict[str, Callable[[Call, Any], Choice]] = {
+    "a_shape": a_shape_choice,
+    "exact": exact_choice,
+    "relative": relative_choice,
+    "top_k": top_k_choice,
+    "vertical_slash": vertical_slash_choice,
+}
+"""A rule's name -> what it asks for of a call; the mass rule has a budget besides."""
 
 
 def keep_map(
@@ -103,7 +119,7 @@ def keep_map(
         budget: Mass rule: most blocks that a query block may ask for by their masses; None for all.
 
     Raises:
-        ValueError: `min_length` is None, or the rule is not one of these two.
+        ValueError: `min_length` is None, or the rule is none of the library's.
     """
     heads, (block_q, block_k) = query.shape[1], config.block_size
     call = make_call(
@@ -112,12 +128,12 @@ def keep_map(
     )  # fmt: skip
     if 2 * query.shape[2] < block_q:  # a step of decoding
         call = call._replace(always=call.visible)
-    if config.rule.name == "mass":
-        choice = mass_choice(call, config, budget)
-    elif config.rule.name == "relative":
-        choice = relative_choice(call, config)
-    else:
-        raise ValueError(f"config.rule must be one that the reference knows, mass or relative, got {config.rule!r}.")
+    choices = _CHOICES | {"mass": partial(mass_choice, budget=budget)}
+    if config.rule.name not in choices:
+        raise ValueError(
+            f"config.rule must be one that the reference knows, {', '.join(sorted(choices))}, got {config.rule!r}."
+        )
+    choice = choices[config.rule.name](call, config)
     always = call.always.expand_as(choice.hit)
     if value is not None:
         bad = ~value.isfinite().all(-1) & valid_keys(call.bounds, key.shape[2])[:, None]  # [B, Hkv, Skv]

@@ -1,8 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Selection rules, a file each: options, range checks, codes, selection, and scores for calibration."""
 
+from sale_flex.selection.rules.a_shape import AShape
 from sale_flex.selection.rules.base import Rule, Selection, register_rule, rule_named, rule_names
+from sale_flex.selection.rules.exact import Exact
 from sale_flex.selection.rules.mass import Mass
 from sale_flex.selection.rules.relative import Relative
+from sale_flex.selection.rules.top_k import TopK
+from sale_flex.selection.rules.vertical_slash import VerticalSlash
 
-__all__ = ["Mass", "Relative", "Rule", "Selection", "register_rule", "rule_named", "rule_names"]
+__all__ = [
+    "AShape",
+    "Exact",
+    "Mass",
+    "Relative",
+    "Rule",
+    "Selection",
+    "TopK",
+    "VerticalSlash",
+    "register_rule",
+    "rule_named",
+    "rule_names",
+]
