@@ -11,12 +11,25 @@ from sale_flex.config import SaleConfig
 from sale_flex.flex.run import flex_kernel_options
 from sale_flex.kernels.arguments import Structure
 from sale_flex.selection.key_codes import KeyCodes
-from sale_flex.selection.rules import Antidiagonal, BlockMean, Mass, Relative, Rule, Selection, register_rule
+from sale_flex.selection.rules import (
+    Antidiagonal,
+    AShape,
+    BlockMean,
+    Exact,
+    Mass,
+    Relative,
+    Rule,
+    Selection,
+    TopK,
+    VerticalSlash,
+    register_rule,
+)
 from sale_flex.stats import Audit, Path, SaleStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AShape",
     "Antidiagonal",
     "Audit",
     "AuxOutput",
@@ -24,6 +37,7 @@ __all__ = [
     "BlockMean",
     "Calibration",
     "Call",
+    "Exact",
     "KeyCodes",
     "MaskResult",
     "Mass",
@@ -34,6 +48,8 @@ __all__ = [
     "SaleStats",
     "Selection",
     "Structure",
+    "TopK",
+    "VerticalSlash",
     "__version__",
     "calibrate",
     "create_sale_block_mask",

@@ -21,10 +21,11 @@ _COMMANDS = {
     "demo": ("sale_flex.demo", "prefill a real prompt densely and with SALE, and compare"),
     "bench": ("sale_flex.bench", "time, memory and error of every stage, beside dense attention"),
     "capture": ("sale_flex.bench.capture", "store queries, keys and values of a model's attention for bench"),
+    "eval": ("sale_flex.eval.command", "what rules cost a model on your text, beside dense attention"),
     "calibrate": ("sale_flex.calibration.command", "find thresholds for every layer and head of a model"),
     "inspect": ("sale_flex.calibration.view", "show a calibration's thresholds, densities and errors"),
 }
-_EXTRAS = {"demo": "demo", "bench": "bench", "capture": "bench", "calibrate": "hf", "inspect": "hf"}
+_EXTRAS = {"demo": "demo", "bench": "bench", "capture": "bench", "eval": "eval", "calibrate": "hf", "inspect": "hf"}
 """Subcommand -> the extra that brings the packages it may lack."""
 _OPTIONAL = {
     "huggingface_hub": None,

@@ -41,27 +41,36 @@ class Checkpoint(NamedTuple):
         return self.config.get_text_config().bos_token_id if found is None else found
 
 
-def find(name: str) -> Checkpoint:
+def find(name: str, gguf: str | None = None) -> Checkpoint:
     """A causal language model's config and tokenizer, from a folder or by its Hugging Face name.
+
+    Args:
+        name: The folder or name.
+        gguf: A file of it that holds everything, if that is a GGUF file.
 
     Raises:
         OSError: There is none.
     """
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise FileNotFoundError(f"model must be a folder or owner/name on the hub, and {name} is no folder")
-    return Checkpoint(AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name))
+    files = _files(gguf)
+    return Checkpoint(AutoConfig.from_pretrained(name, **files), AutoTokenizer.from_pretrained(name, **files))
 
 
-def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, Any]:
-    """A causal language model and its tokenizer, from a folder or by its Hugging Face name.
+def load(name: str, dtype: torch.dtype, device: torch.device, gguf: str | None = None) -> tuple[PreTrainedModel, Any]:
+    """A causal language model and its tokenizer, from a folder or by its Hugging Face name; `gguf` as in `find`.
 
     Raises:
         OSError: There is none.
     """
-    tokenizer = find(name).tokenizer
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    tokenizer = find(name, gguf).tokenizer
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **_files(gguf))
     nn.Module.to(model, device)  # transformers' own `to` is annotated as taking a model
     return model.eval(), tokenizer
+
+
+def _files(gguf: str | None) -> dict[str, str]:
+    return {} if gguf is None else {"gguf_file": gguf}
 
 
 def text_files(paths: Sequence[Path], option: str = "--text") -> list[Path]:

@@ -96,9 +96,15 @@ def run(model: Any, text: Tokens, layers: Mapping[int, int], observer: Observer)
     return output
 
 
-@torch.no_grad()
 def mean_loss(model: Any, output: Any, text: Tokens) -> tuple[float, int]:
-    """Mean loss over the predicted tokens of a text in nats, and how many there are.
+    """Mean loss over the predicted tokens of a text in nats, and how many there are; the rest as `token_losses`."""
+    losses = token_losses(model, output, text)
+    return losses.double().mean().item(), len(losses)
+
+
+@torch.no_grad()
+def token_losses(model: Any, output: Any, text: Tokens) -> Tensor:
+    """Loss of every predicted token of a text in nats, float32 ``[targets]`` on the CPU.
 
     The logits are the model's own, of a range of positions at a time: its forward pass is run with a base that hands
     out parts of the hidden states there are.
@@ -111,7 +117,7 @@ def mean_loss(model: Any, output: Any, text: Tokens) -> tuple[float, int]:
     text = text.to(model.device)
     hidden, targets, base = output.last_hidden_state, text.targets(), model.base_model
     own = base.__dict__.get("forward")
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    found = []
     try:
         for first in range(0, targets.shape[1], _POSITIONS):
             here = slice(first, min(first + _POSITIONS, targets.shape[1]))
@@ -119,10 +125,10 @@ def mean_loss(model: Any, output: Any, text: Tokens) -> tuple[float, int]:
             base.forward = lambda *_, part=part, **__: part
             logits = model(input_ids=text.input_ids[:, here], use_cache=False).logits
             wanted = targets[:, here].flatten().to(logits.device)
-            total += cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="sum").to(total)
+            losses = cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="none")
+            found.append(losses[wanted != -100].cpu())
     finally:
         del base.forward
         if own is not None:
             base.forward = own
-    count = int((targets != -100).sum())
-    return total.item() / count, count
+    return torch.cat(found)

@@ -9,11 +9,13 @@ Shapes: query ``[B, Hq, Sq, D]``, key and value ``[B, Hkv, Skv, D]``, bounds int
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sale_flex.reference.a_shape import a_shape_choice
 from sale_flex.reference.antidiagonal import antidiagonal_choice, antidiagonal_shares
 from sale_flex.reference.attention import masked_attention
 from sale_flex.reference.audit import audit_rows, audited_positions
@@ -31,6 +33,7 @@ from sale_flex.reference.common import (
     valid_keys,
 )
 from sale_flex.reference.decision import RowMasses, decide
+from sale_flex.reference.exact import exact_choice
 from sale_flex.reference.mass import exact_masses, mass_choice, row_masses
 from sale_flex.reference.moments import Moments, key_moments, quantize_moments
 from sale_flex.reference.pooled import (
@@ -41,6 +44,8 @@ from sale_flex.reference.pooled import (
     product_shift,
 )
 from sale_flex.reference.relative import quantize_groups, relative_choice, row_limits
+from sale_flex.reference.top_k import top_k_choice
+from sale_flex.reference.vertical_slash import vertical_slash_choice
 from sale_flex.reference.visibility import Mod, make_bounds, visible_elements
 
 __all__ = [
@@ -74,12 +79,16 @@ __all__ = [
     "visible_elements",
 ]
 
-_CHOICES: dict[str, Callable[[Call, Any, int | None], Choice]] = {
-    "antidiagonal": lambda call, config, _: antidiagonal_choice(call, config),
-    "block_mean": lambda call, config, _: block_mean_choice(call, config),
-    "mass": mass_choice,
-    "relative": lambda call, config, _: relative_choice(call, config),
+_CHOICES: dict[str, Callable[[Call, Any], Choice]] = {
+    "a_shape": a_shape_choice,
+    "antidiagonal": antidiagonal_choice,
+    "block_mean": block_mean_choice,
+    "exact": exact_choice,
+    "relative": relative_choice,
+    "top_k": top_k_choice,
+    "vertical_slash": vertical_slash_choice,
 }
+"""A rule's name -> what it asks for of a call; the mass rule has a budget besides."""
 
 
 def keep_map(
@@ -116,7 +125,7 @@ def keep_map(
         budget: Mass rule: most blocks that a query block may ask for by their masses; None for all.
 
     Raises:
-        ValueError: `min_length` is None, or the rule is none that the reference knows.
+        ValueError: `min_length` is None, or the rule is none of the library's.
     """
     heads, (block_q, block_k) = query.shape[1], config.block_size
     call = make_call(
@@ -125,9 +134,12 @@ def keep_map(
     )  # fmt: skip
     if 2 * query.shape[2] < block_q:  # a step of decoding
         call = call._replace(always=call.visible)
-    if config.rule.name not in _CHOICES:
-        raise ValueError(f"config.rule must be one the reference knows, {', '.join(_CHOICES)}, got {config.rule!r}.")
-    choice = _CHOICES[config.rule.name](call, config, budget)
+    choices = _CHOICES | {"mass": partial(mass_choice, budget=budget)}
+    if config.rule.name not in choices:
+        raise ValueError(
+            f"config.rule must be one that the reference knows, {', '.join(sorted(choices))}, got {config.rule!r}."
+        )
+    choice = choices[config.rule.name](call, config)
     always = call.always.expand_as(choice.hit)
     if value is not None:
         bad = ~value.isfinite().all(-1) & valid_keys(call.bounds, key.shape[2])[:, None]  # [B, Hkv, Skv]

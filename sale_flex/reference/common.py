@@ -25,7 +25,8 @@ class KeepMap(NamedTuple):
 
     Relative rule: the largest (score - limit) over its visible elements. Mass rule: how far sums and totals of pooled
     rows have to move for the decision to change, under a score_mod the largest (weight - cut); +inf where no mass is
-    asked. Rules after other papers: score less threshold."""
+    asked. Rules that rank: how far a block, or a line that crosses it, is from the nearest one on the
+    other side. Rules that compare shares: score less threshold."""
     dropped: Tensor
     """bool ``[B, Hq, nq, nk]``: blocks that passed the threshold, and that the budget had no room for."""
 
@@ -54,6 +55,14 @@ def valid_blocks(bounds: Tensor, blocks: int, block_k: int) -> Tensor:
     """Blocks with valid keys alone, bool ``[B, nk]``."""
     first = torch.arange(blocks, device=bounds.device) * block_k
     return (first >= bounds[:, 1:2]) & (first + block_k <= bounds[:, 2:])
+
+
+def nonfinite_blocks(query: Tensor, key: Tensor, bounds: Tensor, block_size: tuple[int, int]) -> Tensor:
+    """Blocks with a row or a key, no padding, that is not finite: bool ``[B, Hq, nq, nk]``."""
+    rows = real_rows(bounds, query.shape[2])[:, None] & ~query.isfinite().all(-1)
+    keys = valid_keys(bounds, key.shape[2])[:, None] & ~key.isfinite().all(-1)
+    keys = repeat_heads(keys, query.shape[1])
+    return block_any(rows[..., None] | keys[:, :, None], *block_size)
 
 
 def key_mean(key: Tensor, bounds: Tensor, smooth_tokens: int) -> Tensor:

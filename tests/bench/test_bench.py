@@ -305,7 +305,7 @@ def test_bad_arguments(arguments, reason, capsys):
         ('{"a": {"rule": {"treshold": 1}}}', "'a': rule: rule 'mass' has no field 'treshold'; it has threshold, pool"),
         ('{"a": {}, "b": {"rule": {"bits": 5}}}', "'b': rule.bits must be one of (4, 8), got 5"),
         ('{"a": {"rule": {"threshold": [0.1, 0.2]}}}', "'a': rule.threshold must be a float"),
-        ('{"a": {"rule": {"name": "mas"}}}', "must be one of ('mass', 'relative'"),
+        ('{"a": {"rule": {"name": "mas"}}}', "got 'mas'; a rule of another package"),
         ('{"a": {"rule": "mass"}}', "'a': rule must be a JSON object, got 'mass'"),
     ],
 )

@@ -29,7 +29,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "calibration/command.py": ("calibrate",),
     "calibration/record.py": ("calibrate",),
     "calibration/view.py": ("inspect",),
-    "cli.py": ("info", "demo", "bench", "capture", "calibrate", "inspect"),
+    "cli.py": ("info", "demo", "bench", "capture", "eval", "calibrate", "inspect"),
+    **{f"eval/{name}.py": ("eval",) for name in ("command", "record", "rules", "sequences")},
     "demo/__init__.py": ("demo",),
     "demo/run.py": ("demo",),
 }
@@ -75,10 +76,10 @@ def named_flags() -> list[tuple[str, str, str]]:
     return found
 
 
-def borrowed() -> set[tuple[str, str]]:
-    """Files and functions of the benchmark that `sale-flex calibrate` calls too."""
-    tree = ast.parse((ROOT / "calibration/command.py").read_text("utf-8"))
-    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+def borrowed(files: str) -> set[tuple[str, str]]:
+    """Files and functions of the benchmark that another command calls too, whose code is in some files."""
+    trees = [ast.parse(path.read_text("utf-8")) for path in ROOT.glob(files)]
+    froms = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return {
         (f"{node.module.removeprefix('sale_flex.').replace('.', '/')}.py", alias.name)
         for node in froms
@@ -88,11 +89,12 @@ def borrowed() -> set[tuple[str, str]]:
 
 
 NAMED = named_flags()
+BORROWED = {"calibrate": borrowed("calibration/command.py"), "eval": borrowed("eval/*.py")}
 
 
 def test_the_search_finds_messages():
     assert len(NAMED) > 80
-    assert {("bench/model.py", name) for name in ("find", "load", "text_files", "read_tokens")} <= borrowed()
+    assert {("bench/model.py", name) for name in ("find", "load", "text_files", "read_tokens")} <= BORROWED["calibrate"]
     assert any(function == "find_device" and "got {}; torch finds" in text for _, function, text in NAMED)
     used = {key for name, function, _ in NAMED for key in (name, f"{name}:{function}")}
     assert {*OWNERS, "integrations/transformers/__init__.py"} <= used
@@ -104,8 +106,8 @@ def test_messages_name_flags_that_there_are(name, function):
         if owner in OTHERS:
             return
     commands = OWNERS.get(f"{name}:{function}", OWNERS.get(name))
-    if commands and (name, function) in borrowed():
-        commands = (*commands, "calibrate")
+    if commands:
+        commands = (*commands, *(command for command, those in BORROWED.items() if (name, function) in those))
     assert commands is not None, f"{name} names flags: whose are they?"
     for text in (text for *place, text in NAMED if place == [name, function]):
         of_another = re.search(r"sale-flex ([a-z]+)`? [^`;,]*--", text)

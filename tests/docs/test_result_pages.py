@@ -14,8 +14,9 @@ import tables
 TYPED = {
     "| call | what runs | `stats.path` |",
     "| | tested | supported |",
+    "| option | meaning |",
 }
-"""Headings of tables without measured figures: which path a call takes, and versions."""
+"""Headings of tables without measured figures: which path a call takes, versions, options of a command."""
 
 SAID = [path.name for path in sorted(tables.RESULTS.glob("*.json")) if "columns" in path.read_text("utf-8")]
 """JSON that says itself how its table is written."""

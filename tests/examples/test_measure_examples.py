@@ -14,6 +14,8 @@ from sale_flex.demo.model import PACKAGED
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "examples"))
 
+pytestmark = pytest.mark.usefixtures("uncompiled_attention")
+
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 64,

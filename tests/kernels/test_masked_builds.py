@@ -151,13 +151,15 @@ def build_all(capability: int) -> None:
 
     driver.set_active(BuildDriver())
     JITFunction.run = build
-    for variant in (
+    variants = (
         (128, torch.bfloat16, 64, 64, 8),
-        (128, torch.bfloat16, 128, 64, 1),
-        (80, torch.float16, 64, 32, 8),
         (256, torch.float32, 128, 128, 8),
         (256, torch.bfloat16, 128, 128, 1),
-    ):
+        (128, torch.bfloat16, 128, 64, 1),
+        (80, torch.float16, 64, 32, 8),
+    )
+    # Tiles are chosen for sm_90; elsewhere what takes most memory has to fit.
+    for variant in variants if capability == 90 else variants[:3]:
         launch_all(*variant)
 
 

@@ -77,7 +77,7 @@ def test_made_inside(compiled):
 
     attend = compiled(attend)
     # Whole blocks of rows: Inductor (torch 2.13) cannot compile create_block_mask for others on a CPU.
-    for q_len in (256, 384, 512):
+    for q_len in (256, 384):
         query, key, value = inputs(q_len, q_len + 30, batch=2)
         ids = torch.stack([torch.arange(q_len + 30) // 90, torch.arange(q_len + 30) // 55])
         arguments = ids, torch.tensor(30), torch.linspace(-1, 1, 16).expand(HEADS, 16).double()

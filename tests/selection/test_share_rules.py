@@ -23,16 +23,12 @@ def config(request):
     return SaleConfig(request.param, min_length=0, sink_tokens=8, local_tokens=16)
 
 
-def choice(query: Tensor, key: Tensor, config: SaleConfig, **options: Any) -> Tensor:
-    return block_map(create_sale_block_mask(query, key, config, **options)).kept
-
-
 def test_a_threshold_of_0_keeps_all_and_a_higher_one_no_more(config):
     query, key, _ = structured_inputs(PADDED, 3)
     before = reference.keep_map(query, key, config, **PADDED.positions()).visible.expand(-1, 4, -1, -1)
     counts = []
     for threshold in (0.0, 1e-4, 0.01, 0.1, 0.5, 1.0):
-        kept = choice(query, key, config.with_threshold(threshold), **PADDED.positions())
+        kept = kept(inputs, config.with_threshold(threshold), **PADDED.positions())
         assert bool((kept <= before).all()) if threshold else torch.equal(kept, before)
         counts.append(int(kept.sum()))
         before = kept
@@ -43,7 +39,7 @@ def test_a_threshold_of_0_keeps_all_and_a_higher_one_no_more(config):
 def test_chunks_of_whole_query_blocks_choose_as_the_whole_and_no_later_key_matters(config, block_size):
     config = replace(config, block_size=block_size)
     query, key, _ = structured_inputs(SHAPE, 5)
-    whole = choice(query, key, config)
+    whole = kept(inputs, config)
     for end in (256, 384):
         rows, columns = end // block_size[0], end // block_size[1]
         spoilt = key.clone()
@@ -58,7 +54,7 @@ def test_padding_on_the_right_does_not_matter(config):
     alone = choice(query[:, :, :490], key[:, :, :490], config)
     query[:, :, 490:] = torch.inf
     key[:, :, 490:] = torch.nan
-    padded = choice(query, key, config, kv_range=torch.tensor([[0, 490], [0, 490]]))
+    padded = kept(inputs, config, kv_range=torch.tensor([[0, 490], [0, 490]]))
     assert torch.equal(padded[:, :, :8, :8], alone)
     assert not bool(padded[:, :, 8:].any() | padded[..., 8:].any())
 
@@ -66,9 +62,9 @@ def test_padding_on_the_right_does_not_matter(config):
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_is_not_finite_keeps_what_it_sees_alone(config, garbage):
     query, key, _ = structured_inputs(SHAPE, 7)
-    before = choice(query, key, config)
+    before = kept(inputs, config)
     query[1, 2, 400, 3] = garbage
-    after = choice(query, key, config)
+    after = kept(inputs, config)
     assert bool(after[1, 2, 6, :7].all())
     before[1, 2, 6] = after[1, 2, 6]
     assert torch.equal(before, after)
@@ -100,8 +96,8 @@ def test_a_score_mod_is_left_out_and_said_so(config):
 def test_a_causal_mask_chooses_as_causality_does(config):
     query, key, _ = structured_inputs(PADDED, 10)
     where = PADDED.positions()
-    under = choice(query, key, config, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx, **where)
-    assert torch.equal(choice(query, key, config, **where), under)
+    under = kept(inputs, config, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx, **where)
+    assert torch.equal(kept(inputs, config, **where), under)
 
 
 @pytest.mark.parametrize("rule", [Antidiagonal(), BlockMean()], ids=lambda rule: rule.name)

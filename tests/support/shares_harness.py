@@ -5,12 +5,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from rules_harness import scores
 from torch import Tensor
 
 from sale_flex import SaleConfig, reference
-from sale_flex.call.facts import check_arguments, settle
-from sale_flex.call.stages import lay_out
-from sale_flex.call.user_mods import UserMods
 from sale_flex.testing import Inputs, Shape
 from sale_flex.testing.tolerances import gamma
 
@@ -27,14 +25,8 @@ class Scored(NamedTuple):
 def scored(inputs: Inputs, shape: Shape, config: SaleConfig, **options: Any) -> Scored:
     """Scores of a call's blocks under mods as `sale_attention` takes them."""
     where = shape.positions()
-    made = UserMods(*(options.get(name) for name in ("score_mod", "mask_mod", "block_mask")))
-    made = made._replace(is_causal=options.get("is_causal", True))
-    given = check_arguments(
-        inputs.query, inputs.key, None, config, made, where["q_offset"], where["kv_range"], None, None
-    )
-    call = settle(given)
     of = reference.make_call(inputs.query, inputs.key, config, **where, **options, dtype=torch.float64)
-    return Scored(config.rule.scores(call, lay_out(call)), of)
+    return Scored(scores(inputs, config, where, **options), of)
 
 
 def sum_error_bound(of: Any, stride: int) -> float:

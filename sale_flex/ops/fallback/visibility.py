@@ -28,9 +28,9 @@ def visible(spec: MaskSpec, b: int, heads: slice, q: Tensor, kv: Tensor, grid: G
         kv: int32 ``[..., 1, N]``: indices of keys; with a dimension more in front, by head.
         grid: Lengths.
     """
-    offset, start, end = spec.bounds[b].tolist()
+    offset, start, end = spec.bounds[b].unbind()
     at = q + offset
-    sees = (at >= start) & (at < end) & (q >= 0) & (q < grid.q_len) & (kv >= start) & (kv < min(end, grid.kv_len))
+    sees = (at >= start) & (at < end) & (q >= 0) & (q < grid.q_len) & (kv >= start) & (kv < end.clamp_max(grid.kv_len))
     if spec.causal:
         sees = sees & (kv <= at)
     h = _head_index(heads, q)
