@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The rule after XAttention against its reference, and what it promises of rows, chunks and what is not finite."""
+"""The rule after XAttention: scores and blocks of the reference, which sums count, and what they find."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The rule after FlashPrefill against its reference, and what it promises of rows, chunks and what is not finite."""
+"""The rule after FlashPrefill: scores and blocks of the reference, a passage that it finds, and its means."""
 
 from dataclasses import replace
 from typing import Any

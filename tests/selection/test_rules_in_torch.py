@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What holds for every rule in plain torch: thresholds, padding, numbers that are not finite, and no value is read."""
+"""What holds for every rule with scores alone: thresholds, padding, what is not finite, and no value is read."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ from sale_flex.testing.strategies import seeds
 RULES = {
     "a_shape": AShape(),
     "antidiagonal": Antidiagonal(0.3),
-    "block_mean": BlockMean(0.3),
+    "block_mean": BlockMean(0.6),
     "exact": Exact(0.1),
     "exact means": Exact(0.1, pool=8, pool_mode="mean"),
     "top_k": TopK(0.6),
@@ -222,7 +222,7 @@ def test_no_value_is_read(rule):
         assert call.rule.select(call, (), None).hits.shape == (2, 4, 10, 1)
 
 
-@pytest.mark.parametrize("name", ["a_shape", "exact", "top_k", "vertical_slash"])
+@pytest.mark.parametrize("name", ["a_shape", "antidiagonal", "block_mean", "exact", "top_k", "vertical_slash"])
 def test_a_compiled_caller_has_one_graph(name):
     shape = Shape(400, 400, heads=2, head_dim=32, kv_range=((37, 390),))
     inputs, config = structured_inputs(shape, 0), replace(SMALL, rule=RULES[name], on_miss="ignore")
