@@ -11,7 +11,7 @@ from sale_flex.config import SaleConfig
 from sale_flex.flex.run import flex_kernel_options
 from sale_flex.kernels.arguments import Structure
 from sale_flex.selection.key_codes import KeyCodes
-from sale_flex.selection.rules import Mass, Relative, Rule, Selection, register_rule
+from sale_flex.selection.rules import FlexPrefill, Mass, Relative, Rule, Selection, register_rule
 from sale_flex.stats import Audit, Path, SaleStats
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "AuxRequest",
     "Calibration",
     "Call",
+    "FlexPrefill",
     "KeyCodes",
     "MaskResult",
     "Mass",

@@ -8,6 +8,7 @@ causal call is one without masks and score_mod: there is nothing of its own for 
 Shapes: query ``[B, Hq, Sq, D]``, key and value ``[B, Hkv, Skv, D]``, bounds int32 ``[B, 3]`` = (q_offset, start, end).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from sale_flex.reference.attention import masked_attention
 from sale_flex.reference.audit import audit_rows, audited_positions
-from sale_flex.reference.call import make_call
+from sale_flex.reference.call import Call, make_call
 from sale_flex.reference.common import (
+    Choice,
     KeepMap,
     block_any,
     key_mean,
@@ -27,6 +29,7 @@ from sale_flex.reference.common import (
     valid_keys,
 )
 from sale_flex.reference.decision import RowMasses, decide
+from sale_flex.reference.flexprefill import flexprefill_choice, last_row_sums, last_rows
 from sale_flex.reference.mass import exact_masses, mass_choice, row_masses
 from sale_flex.reference.moments import Moments, key_moments, quantize_moments
 from sale_flex.reference.pooled import (
@@ -51,6 +54,8 @@ __all__ = [
     "keep_map",
     "key_mean",
     "key_moments",
+    "last_row_sums",
+    "last_rows",
     "make_bounds",
     "make_call",
     "masked_attention",
@@ -67,6 +72,13 @@ __all__ = [
     "row_masses",
     "visible_elements",
 ]
+
+CHOICES: dict[str, Callable[[Call, Any, int | None], Choice]] = {
+    "flexprefill": lambda call, config, budget: flexprefill_choice(call, config),
+    "mass": mass_choice,
+    "relative": lambda call, config, budget: relative_choice(call, config),
+}
+"""A rule's name -> what it asks for, of a call, a `SaleConfig` and a budget."""
 
 
 def keep_map(
@@ -103,7 +115,7 @@ def keep_map(
         budget: Mass rule: most blocks that a query block may ask for by their masses; None for all.
 
     Raises:
-        ValueError: `min_length` is None, or the rule is not one of these two.
+        ValueError: `min_length` is None, or the rule is not one of `CHOICES`.
     """
     heads, (block_q, block_k) = query.shape[1], config.block_size
     call = make_call(
@@ -112,12 +124,9 @@ def keep_map(
     )  # fmt: skip
     if 2 * query.shape[2] < block_q:  # a step of decoding
         call = call._replace(always=call.visible)
-    if config.rule.name == "mass":
-        choice = mass_choice(call, config, budget)
-    elif config.rule.name == "relative":
-        choice = relative_choice(call, config)
-    else:
-        raise ValueError(f"config.rule must be one that the reference knows, mass or relative, got {config.rule!r}.")
+    if config.rule.name not in CHOICES:
+        raise ValueError(f"config.rule must be one that the reference knows, {tuple(CHOICES)}, got {config.rule!r}.")
+    choice = CHOICES[config.rule.name](call, config, budget)
     always = call.always.expand_as(choice.hit)
     if value is not None:
         bad = ~value.isfinite().all(-1) & valid_keys(call.bounds, key.shape[2])[:, None]  # [B, Hkv, Skv]
