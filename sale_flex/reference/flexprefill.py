@@ -27,7 +27,7 @@ FLOOR = 2.0**-100
 class LastRows(NamedTuple):
     """The representative rows: the last real ones of every batch row."""
 
-    index: Tensor
+    at: Tensor
     """int64 ``[B, R]``: query rows."""
     there: Tensor
     """bool ``[B, R]``."""
@@ -59,13 +59,13 @@ def last_row_sums(call: Call, rows: LastRows, block_k: int) -> Sums:
     Logits that are not finite count as hidden.
     """
     heads, kv_len = call.query.shape[1], call.key.shape[2]
-    query = call.query.gather(2, rows.index[:, None, :, None].expand(-1, heads, -1, call.query.shape[3]))
-    logits = exact_logits(call, query, rows.index)
-    at = rows.index[:, None, :, None].expand(-1, call.elements.shape[1], -1, kv_len)
+    query = call.query.gather(2, rows.at[:, None, :, None].expand(-1, heads, -1, call.query.shape[3]))
+    logits = exact_logits(call, query, rows.at)
+    at = rows.at[:, None, :, None].expand(-1, call.elements.shape[1], -1, kv_len)
     sees = call.elements.gather(2, at) & rows.there[:, None, :, None] & logits.isfinite()
     shares = logits.masked_fill(~sees, -torch.inf).softmax(-1).nan_to_num(0.0)
     length = 2 * block_k * -(-kv_len // block_k)
-    position = rows.index + call.bounds[:, :1].long()
+    position = rows.at + call.bounds[:, :1].long()
     distance = (position[:, :, None] - torch.arange(kv_len, device=position.device)) % length
     slash = shares.new_zeros(*shares.shape[:2], length)
     slash.scatter_add_(2, distance.flatten(1)[:, None].expand(-1, heads, -1), shares.flatten(2))
@@ -128,19 +128,20 @@ def _divergence(call: Call, rows: LastRows, sums: Sums, keys: Tensor, block_q: i
     that a query block with a representative row sees.
     """
     heads = call.query.shape[1]
-    query = call.query.gather(2, rows.index[:, None, :, None].expand(-1, heads, -1, call.query.shape[3])).to(call.dtype)
+    query = call.query.gather(2, rows.at[:, None, :, None].expand(-1, heads, -1, call.query.shape[3])).to(call.dtype)
     finite = (query.isfinite().all(-1) & rows.there[:, None])[..., None]
     mean = query.masked_fill(~finite, 0.0).sum(2, keepdim=True) / finite.sum(2, keepdim=True).clamp_min(1)
     holds = torch.zeros(len(query), call.visible.shape[2], dtype=torch.bool, device=query.device)
     for b in range(len(query)):
-        holds[b, rows.index[b, rows.there[b]] // block_q] = True
+        holds[b, rows.at[b, rows.there[b]] // block_q] = True
     sees = (call.visible & holds[:, None, :, None]).any(2) & keys.isfinite().all(-1)
     logits = scaled_products(mean, keys, call.scale)[:, :, 0]
     p = logits.masked_fill(~sees, -torch.inf).softmax(-1).nan_to_num(0.0)
     q = _by_block(sums.vertical, block_k)
     q = q / q.sum(-1, keepdim=True).clamp_min(torch.finfo(call.dtype).tiny)
     middle = (p + q) / 2
-    return sum((torch.xlogy(x, x) - torch.xlogy(x, middle)).sum(-1) for x in (p, q)) / 2
+    twice = [(torch.xlogy(x, x) - torch.xlogy(x, middle)).sum(-1) for x in (p, q)]
+    return (twice[0] + twice[1]) / 2
 
 
 def _by_block(x: Tensor, size: int) -> Tensor:
@@ -173,7 +174,7 @@ def _margins(values: Tensor, count: Tensor, nats: Tensor) -> Tensor:
     ordered, order = values.sort(dim=-1, descending=True, stable=True)
     size = values.shape[-1]
     count = count.clamp_max(size)[..., None]
-    edges = torch.nn.functional.pad(ordered, (1, 1))
+    edges = torch.nn.functional.pad(torch.nn.functional.pad(ordered, (1, 0), value=torch.inf), (0, 1))
     kept = torch.arange(size, device=values.device) < count
     other = torch.where(kept, edges.gather(-1, count + 1), edges.gather(-1, count))
     distance = ((ordered + FLOOR).log() - (other + FLOOR).log()) / 2

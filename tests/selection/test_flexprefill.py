@@ -165,8 +165,8 @@ def planted() -> Inputs:
     turn = torch.cat([angle.cos(), angle.sin()], -1)
     ahead = torch.cat([(angle - 400 * angle[1]).cos(), (angle - 400 * angle[1]).sin()], -1)
     query, key = torch.zeros(1, 1, 1024, 32), torch.zeros(1, 1, 1024, 32)
-    query[..., :8], key[..., :8] = 40 * ahead, turn
-    query[..., 8], key[0, 0, 200, 8] = 1.0, 160.0
+    query[..., :8], key[..., :8] = 60 * ahead, turn
+    query[..., 8], key[0, 0, 200, 8] = 1.0, 243.0
     return Inputs(query, key, key)
 
 
