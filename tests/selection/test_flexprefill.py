@@ -166,7 +166,8 @@ def planted() -> Inputs:
     ahead = torch.cat([(angle - 400 * angle[1]).cos(), (angle - 400 * angle[1]).sin()], -1)
     query, key = torch.zeros(1, 1, 1024, 32), torch.zeros(1, 1, 1024, 32)
     query[..., :8], key[..., :8] = 60 * ahead, turn
-    query[..., 8], key[0, 0, 200, 8] = 1.0, 243.0
+    query[..., 8], key[0, 0, 200] = 1.0, 0.0
+    key[0, 0, 200, 8] = 241.5
     return Inputs(query, key, key)
 
 
