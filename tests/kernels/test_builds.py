@@ -47,9 +47,9 @@ VARIANTS = (
 
 
 def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
-    """Make masks for 32K tokens and 32 heads that share 8 heads of keys, by both rules, and pack codes."""
+    """Make masks for 32K tokens and 32 heads that share 8 heads of keys, by two rules, sum last rows, and pack codes."""
     from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask, ops
-    from sale_flex.kernels import audit
+    from sale_flex.kernels import audit, last_rows
     from sale_flex.kernels.arguments import Grid, MaskSpec, Near
 
     query, key = (torch.empty(1, heads, 32768, dim, dtype=getattr(torch, dtype), device="meta") for heads in (32, 8))
@@ -65,6 +65,7 @@ def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
     spec = MaskSpec(bounds, True, None, None, 1, 1)
     grid, near = Grid(32768, 32768, block_q, block_k), Near(32, 128, 1024)
     audit.audit_rows(query, key, bits, bits[:, :8, 0], spec, None, None, 0.1, 0.05, grid, near)
+    last_rows.last_row_sums(query[:, :, :4096], key[:, :, :4096], spec, None, 0.1, grid, 128, 4096)
 
 
 def bypass_dispatch() -> None:
