@@ -47,7 +47,7 @@ VARIANTS = (
 
 
 def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
-    """Make masks for 32K tokens and 32 heads that share 8 heads of keys, by two rules, sum last rows, and pack codes."""
+    """Make masks for 32K tokens and 32 heads that share 8 heads of keys, by two rules; sum last rows; pack codes."""
     from sale_flex import Mass, Relative, SaleConfig, create_sale_block_mask, ops
     from sale_flex.kernels import audit, last_rows
     from sale_flex.kernels.arguments import Grid, MaskSpec, Near

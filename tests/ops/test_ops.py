@@ -21,6 +21,7 @@ PLAIN = [
     "build_lists",
     "kept_table",
     "key_mean",
+    "last_row_sums",
     "mass_hits",
     "nonfinite_blocks",
     "quantize_groups",
@@ -74,6 +75,7 @@ def plain_calls(shape: Shape, transposed: bool) -> Calls:
     hits = call("scan_max", *query_codes, *key_codes, *limits, *of_call, 0.125, grid, 64, no_left_padding)
     moments = call("quantize_moments", key, mean, bounds, block_k, 8, 4)
     call("mass_hits", query, key, mean, moments, *of_call, tau, 0.125, grid, MassOptions(8, 4, False, 4), near, 3)
+    call("last_row_sums", query, key, causal_spec(bounds), Mod(), 0.125, grid, 30, grid.key_blocks * block_k)
     nonfinite = call("nonfinite_blocks", value, bounds, block_k)
     call("audit_rows", query, key, hits, nonfinite, *of_call, 0.125, 0.05, grid, near)
     kept, *_ = call("build_lists", hits, nonfinite, bounds, None, None, shape.kv_heads, grid, near, 4, 9, True, False)
