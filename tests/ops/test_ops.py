@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from sale_flex import AuxRequest, Mass, Relative, SaleConfig, create_sale_block_mask, mods, ops, sale_attention
+from sale_flex import (
+    AuxRequest,
+    FlexPrefill,
+    Mass,
+    Relative,
+    SaleConfig,
+    create_sale_block_mask,
+    mods,
+    ops,
+    sale_attention,
+)
 from sale_flex.blocks.mask_spec import Mod, causal_spec
 from sale_flex.kernels.arguments import BlockVisibility, Grid, MassOptions, Near
 from sale_flex.testing import Shape, block_map, structured_inputs
@@ -99,7 +109,7 @@ def masked_calls(shape: Shape, program: str, monkeypatch: pytest.MonkeyPatch) ->
             patch.setattr(ops, name, record(name, getattr(ops, name)))
         inputs, options = structured_inputs(shape, 0), PROGRAMS[program](shape, "cpu")
         config = SaleConfig(Mass.fast(), min_length=0, local_tokens=16, sink_tokens=4, smooth_tokens=50)
-        for rule in (Mass.fast(), Relative()):
+        for rule in (Mass.fast(), Relative(), FlexPrefill()):
             create_sale_block_mask(
                 *inputs[:2],
                 replace(config, rule=rule),

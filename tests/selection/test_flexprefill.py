@@ -240,7 +240,9 @@ def test_strips_of_heads_choose_as_all_heads_at_once(monkeypatch):
     expected = block_map(create_sale_block_mask(inputs.query, inputs.key, config, **options)).kept
     for heads, strips in ((1, 6), (2, 6), (3, 2), (5, 2)):
         monkeypatch.setattr(flexprefill_levels, "STRIP_ELEMENTS", heads * 640 * 32)
-        assert len(list(flexprefill_levels._strips(6, 3, 640 * 32))) == strips
+        call = settled(inputs, config)
+        share = 1 - call.threshold.double()[:, None]
+        assert len(list(flexprefill_levels.kept_levels(call.rule, call, None, share))) == strips
         assert torch.equal(
             block_map(create_sale_block_mask(inputs.query, inputs.key, config, **options)).kept, expected
         )

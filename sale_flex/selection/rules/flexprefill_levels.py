@@ -108,7 +108,7 @@ def _strip_levels(rule: "FlexPrefill", call: "Call", strip: _Strip) -> Tensor:
     if aware is not None:
         mapped = _mapped_levels(call, strip)
         levels = torch.where(aware[..., None, None], torch.maximum(levels, mapped), levels)
-    # The largest threshold of all is 0 or a share of 1 and more: nothing is left out.
+    # Rounding must leave nothing out where nothing may be left out.
     levels = levels.clamp_min((strip.share >= 1).sum(-1)[:, None, None])
     unasked = ~strip.rows.isfinite().all(-1)[..., None] | ~strip.keys.isfinite().all(-1)[:, :, None]
     unasked |= (strip.by_key.sum(-1) == 0)[..., None, None]
