@@ -255,17 +255,24 @@ def test_later_tokens_change_what_earlier_rows_keep():
     assert not torch.equal(whole[:, :, :8, :8], part)
 
 
-def test_without_a_graph_break_and_without_reading_a_value():
+def test_one_program_without_a_graph_break_serves_all_lengths():
     torch._dynamo.reset()
-    inputs = structured_inputs(SHAPE, 3)
     config = replace(CONFIG, rule=replace(CONFIG.rule, tau=0.4))
+    programs = []
 
     def bits(query, key):
         call = settled(Inputs(query, key, key), config)
         return call.rule.select(call, (), None).hits
 
-    got = torch.compile(bits, fullgraph=True, backend="eager")(inputs.query, inputs.key)
-    assert torch.equal(got, bits(inputs.query, inputs.key))
+    def backend(module, inputs):
+        programs.append(module)
+        return module
+
+    compiled = torch.compile(bits, fullgraph=True, backend=backend, dynamic=True)
+    for length in (640, 513):
+        query, key, _ = structured_inputs(replace(SHAPE, q_len=length, kv_len=length), 3)
+        assert torch.equal(compiled(query, key), bits(query, key))
+    assert len(programs) == 1
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,9 @@ def kept_levels(
 
 def _strips(heads: int, group: int, elements: int) -> Iterator[slice]:
     """Heads in strips: a divisor of the heads that share keys, or a multiple of them."""
-    together = min(heads, max(1, STRIP_ELEMENTS // elements))
-    together -= together % group if together > group else 0
-    while together < group and group % together:
-        together -= 1
+    sizes = [*range(heads, group, -group), *(size for size in range(group, 0, -1) if group % size == 0)]
+    # Compared, not divided: under torch.compile lengths may be open.
+    together = next((size for size in sizes if size * elements <= STRIP_ELEMENTS), 1)
     for first in range(0, heads, together):
         yield slice(first, min(first + together, heads))
 
@@ -184,7 +183,8 @@ def _on_diagonals(call: "Call", slash: Tensor) -> Tensor:
         crossing = torch.maximum(crossing, levels[..., more : more + length])
     between = (position % grid.block_k != 0)[:, None, None]
     crossing = torch.maximum(crossing, levels[..., ratio:] * between)
-    return crossing.unfold(-1, width, ratio).flip(-1)
+    row, column = (torch.arange(n, device=slash.device) for n in (grid.query_blocks, width))
+    return crossing[..., ratio * row[:, None] + (width - 1) - column]
 
 
 def _mapped_levels(call: "Call", strip: _Strip) -> Tensor:
