@@ -10,7 +10,7 @@ from sale_flex.ops.codes import (
     query_bounds,
 )
 from sale_flex.ops.lists import attend_rows, attended, build_lists, kept_table
-from sale_flex.ops.selection import audit_rows, mass_hits, row_limits, scan_max
+from sale_flex.ops.selection import audit_rows, last_row_sums, mass_hits, row_limits, scan_max
 from sale_flex.ops.shares import antidiagonal_shares, block_mean_energies
 from sale_flex.ops.structure import block_mask_bits, block_structure, candidate_blocks
 
@@ -26,6 +26,7 @@ __all__ = [
     "candidate_blocks",
     "kept_table",
     "key_mean",
+    "last_row_sums",
     "mass_hits",
     "nonfinite_blocks",
     "quantize_groups",

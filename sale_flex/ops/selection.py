@@ -81,6 +81,26 @@ def scan_max(
     return query_codes.new_empty(*lines, grid.words, dtype=torch.int32)
 
 
+@op("last_rows")
+def last_row_sums(
+    query: Tensor,
+    key: Tensor,
+    spec: MaskSpec,
+    score: ModLike,
+    scale: float,
+    grid: Grid,
+    last: int,
+    span: Length,
+) -> tuple[Tensor, Tensor]:
+    """The FlexPrefill rule: the last rows' softmax, summed by key and by distance.
+
+    float32 ``[B, Hq, Skv]`` and ``[B, Hq, span]``, a distance counted modulo `span`.
+    """
+    lines = query.shape[:2]
+    by_key = query.new_empty(*lines, grid.kv_len, dtype=torch.float32)
+    return by_key, query.new_empty(*lines, span, dtype=torch.float32)
+
+
 @op("audit")
 def audit_rows(
     query: Tensor,

@@ -34,6 +34,7 @@ from sale_flex.reference.common import (
 )
 from sale_flex.reference.decision import RowMasses, decide
 from sale_flex.reference.exact import exact_choice
+from sale_flex.reference.flexprefill import flexprefill_choice, last_row_sums, last_rows
 from sale_flex.reference.mass import exact_masses, mass_choice, row_masses
 from sale_flex.reference.moments import Moments, key_moments, quantize_moments
 from sale_flex.reference.pooled import (
@@ -62,6 +63,8 @@ __all__ = [
     "keep_map",
     "key_mean",
     "key_moments",
+    "last_row_sums",
+    "last_rows",
     "make_bounds",
     "make_call",
     "masked_attention",
@@ -84,6 +87,7 @@ _CHOICES: dict[str, Callable[[Call, Any], Choice]] = {
     "antidiagonal": antidiagonal_choice,
     "block_mean": block_mean_choice,
     "exact": exact_choice,
+    "flexprefill": flexprefill_choice,
     "relative": relative_choice,
     "top_k": top_k_choice,
     "vertical_slash": vertical_slash_choice,

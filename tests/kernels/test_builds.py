@@ -54,7 +54,7 @@ ELSEWHERE = VARIANTS[0], VARIANTS[3], VARIANTS[5]
 def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
     """Make masks for 32K tokens and 32 heads that share 8 heads of keys, by every rule, and pack codes."""
     from sale_flex import Antidiagonal, BlockMean, Mass, Relative, SaleConfig, create_sale_block_mask, ops
-    from sale_flex.kernels import antidiagonal, audit, block_mean
+    from sale_flex.kernels import antidiagonal, audit, block_mean, last_rows
     from sale_flex.kernels.arguments import Grid, MaskSpec, Near
 
     query, key = (torch.empty(1, heads, 32768, dim, dtype=getattr(torch, dtype), device="meta") for heads in (32, 8))
@@ -72,6 +72,7 @@ def launch_all(dtype: str, dim: int, block_q: int, block_k: int) -> None:
     antidiagonal.antidiagonal_shares(query, key, bounds, bits[:, :1], False, 0.1, grid, 8)
     block_mean.block_mean_energies(query, key, bounds, bits[:, :1], False, 0.1, grid)
     audit.audit_rows(query, key, bits, bits[:, :8, 0], spec, None, None, 0.1, 0.05, grid, near)
+    last_rows.last_row_sums(query[:, :, :4096], key[:, :, :4096], spec, None, 0.1, grid, 128, 4096)
 
 
 def bypass_dispatch() -> None:

@@ -14,6 +14,7 @@ from sale_flex import (
     Antidiagonal,
     AuxRequest,
     BlockMean,
+    FlexPrefill,
     Mass,
     Relative,
     SaleConfig,
@@ -34,6 +35,7 @@ PLAIN = [
     "build_lists",
     "kept_table",
     "key_mean",
+    "last_row_sums",
     "mass_hits",
     "nonfinite_blocks",
     "quantize_groups",
@@ -89,6 +91,7 @@ def plain_calls(shape: Shape, transposed: bool) -> Calls:
     call("mass_hits", query, key, mean, moments, *of_call, tau, 0.125, grid, MassOptions(8, 4, False, 4), near, 3)
     call("antidiagonal_shares", query, key, bounds, None, True, 0.125, grid, 16)
     call("block_mean_energies", query, key, bounds, None, True, 0.125, grid)
+    call("last_row_sums", query, key, causal_spec(bounds), Mod(), 0.125, grid, 30, grid.key_blocks * block_k)
     nonfinite = call("nonfinite_blocks", value, bounds, block_k)
     call("audit_rows", query, key, hits, nonfinite, *of_call, 0.125, 0.05, grid, near)
     kept, *_ = call("build_lists", hits, nonfinite, bounds, None, None, shape.kv_heads, grid, near, 4, 9, True, False)
@@ -112,7 +115,7 @@ def masked_calls(shape: Shape, program: str, monkeypatch: pytest.MonkeyPatch) ->
             patch.setattr(ops, name, record(name, getattr(ops, name)))
         inputs, options = structured_inputs(shape, 0), PROGRAMS[program](shape, "cpu")
         config = SaleConfig(Mass.fast(), min_length=0, local_tokens=16, sink_tokens=4, smooth_tokens=50)
-        for rule in (Mass.fast(), Relative(), Antidiagonal(), BlockMean()):
+        for rule in (Mass.fast(), Relative(), Antidiagonal(), BlockMean(), FlexPrefill()):
             create_sale_block_mask(
                 *inputs[:2],
                 replace(config, rule=rule),

@@ -82,7 +82,7 @@ def test_metadata(wheel):
     assert fields["Requires-Python"] == ">=3.11"
     required = [text for text in fields.get_all("Requires-Dist") if "extra ==" not in text]
     assert required == ["torch>=2.11"]
-    assert set(fields.get_all("Provides-Extra")) == {"bench", "demo", "hf", "viz", "test", "dev", "docs"}
+    assert set(fields.get_all("Provides-Extra")) == {"bench", "demo", "eval", "hf", "viz", "test", "dev", "docs"}
 
 
 def test_nothing_is_pinned_to_one_patch_version(wheel):

@@ -6,6 +6,7 @@ from sale_flex.selection.rules.antidiagonal import Antidiagonal
 from sale_flex.selection.rules.base import Rule, Selection, register_rule, rule_named, rule_names
 from sale_flex.selection.rules.block_mean import BlockMean
 from sale_flex.selection.rules.exact import Exact
+from sale_flex.selection.rules.flexprefill import FlexPrefill
 from sale_flex.selection.rules.mass import Mass
 from sale_flex.selection.rules.relative import Relative
 from sale_flex.selection.rules.top_k import TopK
@@ -16,6 +17,7 @@ __all__ = [
     "Antidiagonal",
     "BlockMean",
     "Exact",
+    "FlexPrefill",
     "Mass",
     "Relative",
     "Rule",
