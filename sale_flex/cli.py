@@ -28,6 +28,7 @@ _COMMANDS = {
 _EXTRAS = {"demo": "demo", "bench": "bench", "capture": "bench", "eval": "eval", "calibrate": "hf", "inspect": "hf"}
 """Subcommand -> the extra that brings the packages it may lack."""
 _OPTIONAL = {
+    "gguf": None,
     "huggingface_hub": None,
     "matplotlib": "viz",
     "rich": None,

@@ -63,9 +63,12 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         KeyboardInterrupt: What was measured is in the folder.
         OSError: A file is not there, or can not be read or written.
-        ModuleNotFoundError: transformers or matplotlib is not installed.
+        ModuleNotFoundError: transformers, matplotlib or, for --gguf, gguf is not installed.
     """
     import matplotlib  # noqa: F401 - before the work, not behind it
+
+    if args.gguf is not None:
+        import gguf  # noqa: F401
 
     from sale_flex._console.emit import emit
     from sale_flex.eval.table import markdown

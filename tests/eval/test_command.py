@@ -2,6 +2,7 @@
 """`sale-flex eval`: what it prints, writes, goes on with and refuses."""
 
 import json
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -157,6 +158,12 @@ def test_what_can_not_be_is_refused_before_the_model_is_loaded(arguments, says, 
     assert evaluate(tmp_path / "out", *arguments) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert evaluate(tmp_path / "out", "--gguf", "model.gguf") == 2
+    assert "needs gguf, which is not installed: pip install 'sale-flex[eval]'" in capsys.readouterr().err
 
 
 def test_a_model_needs_texts(tmp_path, capsys):

@@ -69,7 +69,7 @@ FOREIGN = {
     "bench": {"matplotlib", "rich", "safetensors", "torch", "transformers"},
     "calibration": {"huggingface_hub", "matplotlib", "rich", "safetensors", "torch", "transformers"},
     "demo": {"matplotlib", "rich", "safetensors", "tokenizers", "torch", "transformers"},
-    "eval": {"jinja2", "matplotlib", "torch"},
+    "eval": {"gguf", "jinja2", "matplotlib", "torch"},
     "integrations": {"torch", "transformers"},
     "kernels": {"torch", "triton"},
     "_console": {"rich", "torch", "transformers"},
