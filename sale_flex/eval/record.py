@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 class Record:
-    """Rows by what they are of, appended to a file as they are measured."""
+    """Rows by what they are of, written to a file as they are measured."""
 
     def __init__(self, folder: Path, common: Mapping[str, Any], resume: bool) -> None:
         """Begin anew, or read what is there.

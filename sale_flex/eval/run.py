@@ -85,7 +85,7 @@ def rows_of(record: Record, label: str, config: SaleConfig | None, tokens: int, 
 
 def _identity(label: str, config: SaleConfig | None, tokens: int, part: Part) -> dict[str, Any]:
     stored = None if config is None else stored_config(config, threshold=True)
-    return {"kind": "loss", "rule": label, "config": stored, "tokens": tokens, "sha256": part.text.sha256}
+    return {"kind": "loss", "rule": label, "config": stored, "tokens": tokens, "sha256": part.sha256}
 
 
 def _measure(subject: Subject, part: Part, config: SaleConfig | None) -> dict[str, Any]:

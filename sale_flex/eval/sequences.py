@@ -17,6 +17,8 @@ class Part(NamedTuple):
     name: str
     """Its file, and which part of it."""
     text: Tokens
+    sha256: str
+    """The text's, taken once: it is asked for with every row."""
 
 
 def read_sequences(paths: Sequence[Path], length: int, count: int, checkpoint: Checkpoint) -> list[Part]:
@@ -53,7 +55,8 @@ def read_sequences(paths: Sequence[Path], length: int, count: int, checkpoint: C
 
 
 def _sequence(path: Path, ids: list[int], part: int) -> Part:
-    return Part(f"{path.name} {part + 1}", Tokens(torch.tensor([ids]), None))
+    text = Tokens(torch.tensor([ids]), None)
+    return Part(f"{path.name} {part + 1}", text, text.sha256)
 
 
 def longest_of(config: Any) -> int | None:

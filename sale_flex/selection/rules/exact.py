@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sale_flex.kernels.arguments import Structure
+from sale_flex.ops.fallback.padding import row_positions
 from sale_flex.ops.fallback.pool import pool_rows
 from sale_flex.ops.fallback.tiles import all_elements, any_in_block, rows_of, tiles
 from sale_flex.ops.fallback.visibility import scored, visible
 from sale_flex.selection.rules.base import Rule, check_one_of, register_rule
 from sale_flex.selection.rules.in_torch import mods_in_torch
 from sale_flex.selection.rules.mass import POOL_MODES, POOLS
-from sale_flex.selection.rules.tokens import keep_nonfinite, real_rows, usable_keys
+from sale_flex.selection.rules.tokens import keep_nonfinite, usable_keys
 
 if TYPE_CHECKING:
     from sale_flex.call.facts import Call
@@ -65,7 +66,7 @@ class Exact(Rule):
         heads, group = query.shape[1], query.shape[1] // key.shape[1]
         spec, score = mods_in_torch(call)
         usable = usable_keys(call)
-        real = pad(real_rows(call), (0, grid.query_blocks * grid.block_q - grid.q_len))
+        _, real = row_positions(call.bounds, grid)
         keys = torch.arange(grid.kv_len, dtype=torch.int32, device=query.device)[None]
         elements = all_elements(grid) if structure is not None else all_elements(grid) // self.pool
         shape = (*query.shape[:2], grid.query_blocks, grid.key_blocks)

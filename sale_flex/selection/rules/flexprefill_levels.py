@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from sale_flex import ops
 from sale_flex.kernels.arguments import Structure
+from sale_flex.selection.rules.tokens import block_means, real_rows, valid_keys
 
 if TYPE_CHECKING:
     from sale_flex.call.facts import Call
@@ -52,7 +53,7 @@ def kept_levels(
     span = grid.key_blocks * grid.block_k * (1 if call.spec.causal else 2)
     by_key, by_distance = ops.last_row_sums(query, key, call.spec, call.score, call.scale, grid, rule.last, span)
     seen = call.visible_blocks(structure)
-    offset, start, end = call.bounds.long().unbind(1)
+    rows, keys = real_rows(call)[:, None], valid_keys(call)[:, None]
     elements = len(query) * max(4 * grid.query_blocks * grid.key_blocks, grid.q_len * dim)
     for strip in _strips(heads, group, elements):
         of_keys = slice(strip.start // group, (strip.stop - 1) // group + 1)
@@ -66,8 +67,8 @@ def kept_levels(
                     query[:, strip],
                     by_key[:, strip],
                     by_distance[:, strip],
-                    _pooled(query[:, strip], start - offset, end - offset, grid.block_q),
-                    _pooled(key[:, of_keys], start, end, grid.block_k).repeat_interleave(together, 1),
+                    block_means(query[:, strip], rows, grid.block_q),
+                    block_means(key[:, of_keys], keys, grid.block_k).repeat_interleave(together, 1),
                     seen[:, strip] if seen.shape[1] > 1 else seen,
                     share[strip] if len(share) > 1 else share,
                 ),
@@ -82,16 +83,6 @@ def _strips(heads: int, group: int, elements: int) -> Iterator[slice]:
     together = next((size for size in sizes if size * elements <= STRIP_ELEMENTS), 1)
     for first in range(0, heads, together):
         yield slice(first, min(first + together, heads))
-
-
-def _pooled(x: Tensor, first: Tensor, stop: Tensor, size: int) -> Tensor:
-    """Mean of every block's rows from `first` to before `stop`, int64 ``[B]`` each: float32 ``[B, H, n, D]``."""
-    at = torch.arange(x.shape[2], device=x.device)
-    there = (at >= first[:, None]) & (at < stop[:, None])
-    more = -x.shape[2] % size
-    x = pad(x.masked_fill(~there[:, None, :, None], 0.0), (0, 0, 0, more))
-    count = pad(there, (0, more)).unflatten(-1, (-1, size)).sum(-1).clamp_min(1)
-    return x.unflatten(2, (-1, size)).sum(3, dtype=torch.float32) / count[:, None, :, None]
 
 
 def _strip_levels(rule: "FlexPrefill", call: "Call", strip: _Strip) -> Tensor:

@@ -44,6 +44,14 @@ def keep_nonfinite(scores: Tensor, call: "Call") -> Tensor:
     return scores.masked_fill(of_rows | of_keys, torch.inf)
 
 
+def block_means(x: Tensor, used: Tensor, size: int) -> Tensor:
+    """Means of the vectors that are `used`, bool ``[B, 1 or H, S]``, block by block: float32 ``[B, H, n, D]``."""
+    missing = -x.shape[2] % size
+    x = pad(x.masked_fill(~used[..., None], 0.0), (0, 0, 0, missing))
+    count = pad(used, (0, missing)).unflatten(2, (-1, size)).sum(3).clamp_min(1)
+    return x.unflatten(2, (-1, size)).sum(3, dtype=torch.float32) / count[..., None]
+
+
 def _any_in_block(flags: Tensor, blocks: int, size: int) -> Tensor:
     """bool ``[B, H, S]`` to ``[B, H, blocks]``."""
     return pad(flags, (0, blocks * size - flags.shape[2])).unflatten(2, (blocks, size)).any(3)

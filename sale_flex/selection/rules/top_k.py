@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sale_flex.kernels.arguments import Structure
 from sale_flex.selection.rules.base import Rule, check_count, register_rule
-from sale_flex.selection.rules.tokens import keep_nonfinite, real_rows, usable_keys
+from sale_flex.selection.rules.tokens import block_means, keep_nonfinite, real_rows, usable_keys
 
 if TYPE_CHECKING:
     from sale_flex.call.facts import Call
@@ -60,8 +59,8 @@ class TopK(Rule):
         """
         grid, group = call.grid, call.query.shape[1] // call.key.shape[1]
         rows = real_rows(call)[:, None] & call.query.isfinite().all(-1)
-        of_rows = _block_means(call.query, rows, grid.query_blocks, grid.block_q)
-        of_keys = _block_means(call.key, usable_keys(call), grid.key_blocks, grid.block_k)
+        of_rows = block_means(call.query, rows, grid.block_q)
+        of_keys = block_means(call.key, usable_keys(call), grid.block_k)
         logits = (of_rows.unflatten(1, (-1, group)) @ of_keys.mT[:, :, None]).flatten(1, 2) * call.scale
         seen = call.visible_blocks(structure)
         # The order of logits is that of their softmax, which could underflow.
@@ -83,11 +82,3 @@ class TopK(Rule):
     def remark(self, call: "Call") -> str:
         """Whether a score_mod is left out."""
         return "blocks are ranked without the score_mod" if call.score.key else ""
-
-
-def _block_means(x: Tensor, used: Tensor, blocks: int, size: int) -> Tensor:
-    """Means of the vectors that are `used`, bool ``[B, H, S]``, block by block: float32 ``[B, H, blocks, D]``."""
-    missing = blocks * size - x.shape[2]
-    x = torch.where(used[..., None], x, 0).float()
-    sums = pad(x, (0, 0, 0, missing)).unflatten(2, (blocks, size)).sum(3)
-    return sums / pad(used, (0, missing)).unflatten(2, (blocks, size)).sum(3).clamp_min(1)[..., None]
